@@ -1,0 +1,5 @@
+"""`python -m coverfast`: the command line."""
+
+from coverfast.cli import main
+
+main()

@@ -1,0 +1,109 @@
+"""One validator: every refusal says what the thing must be and what it was.
+
+Messages read "q must be (B, C, *S) with 2 or 3 spatial axes, got shape (3, 4)".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class InputError(ValueError):
+    """Something the caller can mend: a shape, a setting, a file, a full disk.
+
+    The message is one sentence that names the thing, what was expected and what was found. The command line
+    prints it without a traceback and exits with code 2.
+    """
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `InputError(message)` unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(int(s) for s in tensor.shape)
+
+
+def check_map(name: str, value: Any, *, floating: bool = True) -> int:
+    """Check that `value` is a tensor `(B, C, *S)` with 2 or 3 spatial axes; return their number."""
+    import torch
+
+    require(isinstance(value, torch.Tensor), f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    require(
+        value.ndim in (4, 5), f"{name} must be (B, C, *S) with 2 or 3 spatial axes, got shape {shape_of(value)}"
+    )
+    require(
+        all(s >= 1 for s in value.shape[2:]),
+        f"{name} must have spatial axes of at least 1 pixel, got shape {shape_of(value)}",
+    )
+    if floating:
+        require(
+            value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+            f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}",
+        )
+    return value.ndim - 2
+
+
+def check_dvf(name: str, value: Any) -> int:
+    """Check that `value` is a displacement vector field `(B, n, *S)`, float32 or float64; return n."""
+    import torch
+
+    ndim = check_map(name, value)
+    require(
+        value.shape[1] == ndim,
+        f"{name} must have one channel per spatial axis, (B, {ndim}, *S), got shape {shape_of(value)}",
+    )
+    require(
+        value.dtype in (torch.float32, torch.float64),
+        f"{name} must be float32 (float64 for gradient checks): a half-precision field is off by up to half a "
+        f"pixel, got {value.dtype}",
+    )
+    return ndim
+
+
+def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *, what: str) -> None:
+    """Check that two tensors agree in `what`: "shape", "batch", "size", "dtype" or "device"."""
+
+    def read(t: Tensor) -> Any:
+        match what:
+            case "shape":
+                return shape_of(t)
+            case "batch":
+                return int(t.shape[0])
+            case "size":
+                return shape_of(t)[2:]
+            case "dtype":
+                return t.dtype
+            case _:
+                return t.device
+
+    found, expected = read(value), read(other)
+    require(found == expected, f"{name} must have the {what} of {other_name}, {expected}, got {found}")
+
+
+def per_axis(name: str, value: int | Sequence[int], ndim: int, *, least: int = 1) -> tuple[int, ...]:
+    """An int (the same on every axis) or one int an axis, as a tuple of `ndim` ints."""
+    values = (value,) * ndim if isinstance(value, int) and not isinstance(value, bool) else value
+    ok = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == ndim
+    ok = ok and all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values)
+    require(ok, f"{name} must be an int of at least {least}, or {ndim} of them (one per axis), got {value!r}")
+    assert not isinstance(values, int)
+    return tuple(values)
+
+
+def check_window(window: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """An odd window per axis, as a tuple of `ndim` ints."""
+    sizes = per_axis("window", window, ndim)
+    require(all(w % 2 == 1 for w in sizes), f"window must be odd on every axis, got {window!r}")
+    return sizes
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Check that a string is one of `choices`."""
+    require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
