@@ -1,0 +1,1 @@
+"""Benchmarks, their baselines and their committed results."""

@@ -30,23 +30,23 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(int(s) for s in tensor.shape)
 
 
+# The tensor checks below raise inside an `if`, not through `require`: they run under torch.compile too, where
+# building the message of a check that passes would pin every dynamic shape to a constant.
+
+
 def check_map(name: str, value: Any, *, floating: bool = True) -> int:
     """Check that `value` is a tensor `(B, C, *S)` with 2 or 3 spatial axes; return their number."""
     import torch
 
-    require(isinstance(value, torch.Tensor), f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    require(
-        value.ndim in (4, 5), f"{name} must be (B, C, *S) with 2 or 3 spatial axes, got shape {shape_of(value)}"
-    )
-    require(
-        all(s >= 1 for s in value.shape[2:]),
-        f"{name} must have spatial axes of at least 1 pixel, got shape {shape_of(value)}",
-    )
-    if floating:
-        require(
-            value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-            f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}",
-        )
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.ndim not in (4, 5):
+        raise InputError(f"{name} must be (B, C, *S) with 2 or 3 spatial axes, got shape {shape_of(value)}")
+    for size in value.shape[1:]:
+        if size < 1:
+            raise InputError(f"{name} must have channels and pixels on every axis, got shape {shape_of(value)}")
+    if floating and value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise InputError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
     return value.ndim - 2
 
 
@@ -55,36 +55,49 @@ def check_dvf(name: str, value: Any) -> int:
     import torch
 
     ndim = check_map(name, value)
-    require(
-        value.shape[1] == ndim,
-        f"{name} must have one channel per spatial axis, (B, {ndim}, *S), got shape {shape_of(value)}",
-    )
-    require(
-        value.dtype in (torch.float32, torch.float64),
-        f"{name} must be float32 (float64 for gradient checks): a half-precision field is off by up to half a "
-        f"pixel, got {value.dtype}",
-    )
+    if value.shape[1] != ndim:
+        raise InputError(
+            f"{name} must have one channel per spatial axis, (B, {ndim}, *S), got shape {shape_of(value)}"
+        )
+    if value.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"{name} must be float32 or float64 (a half-precision field is off by up to half a pixel), "
+            f"got {value.dtype}"
+        )
     return ndim
 
 
-def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *, what: str) -> None:
-    """Check that two tensors agree in `what`: "shape", "batch", "size", "dtype" or "device"."""
-
-    def read(t: Tensor) -> Any:
+def check_same(name: str, value: Tensor, other_name: str, other: Tensor, *whats: str) -> None:
+    """Check that two tensors agree in each of `whats`: "shape", "batch", "size", "dtype", "device"."""
+    for what in whats:
         match what:
             case "shape":
-                return shape_of(t)
+                same = value.shape == other.shape
             case "batch":
-                return int(t.shape[0])
+                same = value.shape[0] == other.shape[0]
             case "size":
-                return shape_of(t)[2:]
+                same = value.shape[2:] == other.shape[2:]
             case "dtype":
-                return t.dtype
+                same = value.dtype == other.dtype
             case _:
-                return t.device
+                same = value.device == other.device
+        if not same:
+            found, expected = _facet(value, what), _facet(other, what)
+            raise InputError(f"{name} must have the {what} of {other_name}, {expected}, got {found}")
 
-    found, expected = read(value), read(other)
-    require(found == expected, f"{name} must have the {what} of {other_name}, {expected}, got {found}")
+
+def _facet(value: Tensor, what: str) -> object:
+    match what:
+        case "shape":
+            return shape_of(value)
+        case "batch":
+            return int(value.shape[0])
+        case "size":
+            return shape_of(value)[2:]
+        case "dtype":
+            return value.dtype
+        case _:
+            return value.device
 
 
 def per_axis(name: str, value: int | Sequence[int], ndim: int, *, least: int = 1) -> tuple[int, ...]:

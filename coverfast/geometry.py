@@ -1,0 +1,171 @@
+"""Grids, affine maps and displacement vector fields: the conventions of the library, once.
+
+Images are `(B, C, *S)` with `S = (H, W)` or `(D, H, W)`; pixel centres sit at integers. A displacement vector
+field (DVF) is `(B, n, *S)`, float32, in pixels of its own grid, channel `i` along spatial axis `i`; it lives on
+view b and points into view a (backward warping): `x_b(p) = x_a(p + psi(p))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from coverfast.checks import InputError, check_dvf, check_same, per_axis, shape_of
+
+Size = int | Sequence[int]
+
+
+def axis_coordinates(size: Sequence[int], like: Tensor) -> list[Tensor]:
+    """Pixel indices along each axis, shaped to broadcast over `*S`, with the dtype and device of `like`."""
+    n = len(size)
+    return [
+        torch.arange(s, dtype=like.dtype, device=like.device).reshape([-1 if i == axis else 1 for i in range(n)])
+        for axis, s in enumerate(size)
+    ]
+
+
+def positions(dvf: Tensor) -> list[Tensor]:
+    """Where each pixel looks, `p_i + psi_i(p)`: one tensor `(B, *S)` an axis."""
+    return [p + dvf[:, i] for i, p in enumerate(axis_coordinates(dvf.shape[2:], dvf))]
+
+
+def affine_dvf(
+    theta: Tensor, size: Size, *, full_size: Size | Tensor | None = None, origin: Size | Tensor = 0
+) -> Tensor:
+    """The DVF of an affine map about the image centre, `A(p - c) + t + c - p` (COVER Eq. 26).
+
+    Args:
+        theta: `(B, n, n + 1)`, `A | t`; `t` in pixels; float32 or float64.
+        size: size `*S` of the field, an int or one per axis.
+        full_size: size of the whole image whose centre `c = (full_size - 1) / 2` the map turns about; default
+            `size`. A tensor `(B, n)` gives every sample its own.
+        origin: index of the field's first pixel in the whole image (a crop); an int, one per axis, or `(B, n)`.
+
+    Returns:
+        `(B, n, *S)` in pixels, dtype of `theta`. A crop's field equals the crop of the whole field, bit for bit,
+        and the field of the identity is exactly zero.
+    """
+    n = _check_theta(theta)
+    size = per_axis("size", size, n)
+    full = size if full_size is None else full_size
+    centre = (_per_sample("full_size", full, theta) - 1) / 2
+    start = _per_sample("origin", origin, theta, least=None)
+    # (A - I)(p - c) + t: nothing to cancel, so the identity is exactly zero.
+    shift = theta[:, :, :n] - torch.eye(n, dtype=theta.dtype, device=theta.device)
+    arms = [
+        p + rearrange(start[:, i] - centre[:, i], "b -> b" + " 1" * n)
+        for i, p in enumerate(axis_coordinates(size, theta))
+    ]
+    channels = []
+    for i in range(n):
+        terms = [rearrange(shift[:, i, j], "b -> b" + " 1" * n) * arms[j] for j in range(n)]
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        channels.append(total + rearrange(theta[:, i, n], "b -> b" + " 1" * n))
+    return torch.stack(channels, dim=1)
+
+
+def _check_theta(theta: Tensor) -> int:
+    if not isinstance(theta, Tensor) or theta.ndim != 3 or theta.shape[2] != theta.shape[1] + 1:
+        got = shape_of(theta) if isinstance(theta, Tensor) else type(theta).__name__
+        raise InputError(f"theta must be (B, n, n + 1) with n = 2 or 3, got {got}")
+    if theta.shape[1] not in (2, 3):
+        raise InputError(f"theta must be (B, n, n + 1) with n = 2 or 3, got {shape_of(theta)}")
+    if theta.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"theta must be float32 or float64, got {theta.dtype}")
+    return int(theta.shape[1])
+
+
+def _per_sample(name: str, value: Size | Tensor, theta: Tensor, least: int | None = 1) -> Tensor:
+    n = theta.shape[1]
+    if isinstance(value, Tensor):
+        if value.shape != (theta.shape[0], n):
+            raise InputError(f"{name} as a tensor must be (B, n) = {(theta.shape[0], n)}, got {shape_of(value)}")
+        return value.to(theta)
+    values = per_axis(name, value, n, least=-(2**31) if least is None else least)
+    return torch.tensor(values, dtype=theta.dtype, device=theta.device).expand(theta.shape[0], n)
+
+
+@dataclass(frozen=True)
+class AffineDVF:
+    """An affine ground-truth field kept as its few numbers; accepted wherever a target field is.
+
+    Arguments as in `affine_dvf`. `dense()` writes the field, so that a fused operator need not.
+    """
+
+    theta: Tensor
+    size: tuple[int, ...]
+    full_size: tuple[int, ...] | Tensor | None = None
+    origin: int | tuple[int, ...] | Tensor = 0
+
+    def dense(self) -> Tensor:
+        """The field itself, `(B, n, *S)`."""
+        return affine_dvf(self.theta, self.size, full_size=self.full_size, origin=self.origin)
+
+
+def as_dvf(field: Tensor | AffineDVF) -> Tensor:
+    """The dense field of a target given either way."""
+    return field.dense() if isinstance(field, AffineDVF) else field
+
+
+def inside_mask(dvf: Tensor | AffineDVF) -> Tensor:
+    """Where a DVF points inside its own grid, `0 <= p_i + psi_i(p) <= S_i - 1` on every axis (COVER Eq. 27).
+
+    Returns:
+        `(B, 1, *S)` bool; False at non-finite displacements.
+    """
+    dvf = as_dvf(dvf)
+    check_dvf("dvf", dvf)
+    inside = torch.ones_like(dvf[:, 0], dtype=torch.bool)
+    for position, size in zip(positions(dvf), dvf.shape[2:], strict=True):
+        inside = inside & (position >= 0) & (position <= size - 1)
+    return inside.unsqueeze(1)
+
+
+def upsample_dvf(coarse: Tensor, size: Size) -> Tensor:
+    """Bring a DVF to a grid of twice the size: linear in half-pixel geometry, clamped, values doubled.
+
+    A coarse pixel `c` covers the fine pixels `2c` and `2c + 1` (what 2x pooling does), so `fine = 2c + 0.5`, and a
+    displacement of one coarse pixel is two fine ones (COVER Eq. 28).
+
+    Args:
+        coarse: `(B, n, *S)`, float32 or float64.
+        size: the fine size, exactly `2 * S`.
+    """
+    n = check_dvf("coarse", coarse)
+    size = per_axis("size", size, n)
+    if any(fine != 2 * s for fine, s in zip(size, coarse.shape[2:], strict=True)):
+        raise InputError(
+            f"size must be exactly twice the coarse size {shape_of(coarse)[2:]}, got {tuple(int(s) for s in size)}"
+        )
+    out = 2 * coarse
+    for axis in range(2, 2 + n):
+        before = torch.cat([out.narrow(axis, 0, 1), out.narrow(axis, 0, out.shape[axis] - 1)], axis)
+        after = torch.cat([out.narrow(axis, 1, out.shape[axis] - 1), out.narrow(axis, -1, 1)], axis)
+        pair = torch.stack([0.75 * out + 0.25 * before, 0.75 * out + 0.25 * after], axis + 1)
+        out = pair.flatten(axis, axis + 1)
+    return out
+
+
+def level_size(size: Sequence[int], levels: int) -> tuple[int, ...]:
+    """Size of the coarsest of `levels` pyramid levels; refuses a size that cannot be halved so often."""
+    divisor = 2 ** (levels - 1)
+    if any(s % divisor or s < divisor for s in size):
+        raise InputError(
+            f"a pyramid of {levels} levels needs a size divisible by {divisor} on every axis, "
+            f"got {tuple(int(s) for s in size)}"
+        )
+    return tuple(s // divisor for s in size)
+
+
+def check_field_pair(name: str, value: Tensor, other_name: str, other: Tensor) -> int:
+    """Check two DVFs of one batch, size and device; return n."""
+    n = check_dvf(name, value)
+    check_dvf(other_name, other)
+    check_same(name, value, other_name, other, "shape", "device")
+    return n

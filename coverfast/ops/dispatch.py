@@ -1,0 +1,30 @@
+"""Which implementation runs: `auto`, `triton`, `torch` or `reference`; an explicit choice is never replaced."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from coverfast.checks import InputError, check_choice
+
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+
+_OPS = ("mov", "warp", "compose", "losses")
+_HAS_TRITON = find_spec("triton") is not None
+#: Ops that have a Triton kernel which this installation can import. Found once, without importing Triton.
+KERNELS = frozenset(op for op in _OPS if _HAS_TRITON and find_spec(f"coverfast.kernels.{op}") is not None)
+
+
+def choose(op: str, impl: str, tensor: Tensor) -> str:
+    """The implementation that runs for `op` on `tensor`: "triton", "torch" or "reference".
+
+    `auto` is `triton` when the tensor is on a GPU and the op has an importable kernel, otherwise `torch`.
+    """
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    if impl == "auto":
+        return "triton" if tensor.is_cuda and op in KERNELS else "torch"
+    if impl == "triton" and op not in KERNELS:
+        why = "this version has no Triton kernel for it" if _HAS_TRITON else "the package triton is not installed"
+        raise InputError(f"impl='triton' cannot run {op}: {why}; use impl='auto' or 'torch'")
+    return impl

@@ -1,0 +1,118 @@
+"""The specification in code: each op as its definition, in a few obvious lines, slow, exact in float64.
+
+The tests hold every other implementation to these. Arguments are already checked by the public functions of
+`coverfast.ops`, whose docstrings say what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange, reduce
+from torch import Tensor
+
+from coverfast.geometry import positions, upsample_dvf
+
+
+def mov(q: Tensor, k: Tensor, window: Sequence[int], groups: int, scale: float) -> Tensor:
+    """Mixture of vectors (COVER Eq. 7): softmax over the window of the scaled dot products, times the offsets."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k = q.to(dtype), k.to(dtype)
+    size, radius = q.shape[2:], [(w - 1) // 2 for w in window]
+    pad = [r for r in reversed(radius) for _ in range(2)]
+    padded, inside = F.pad(k, pad), F.pad(torch.ones_like(k[:, :1]), pad)
+    offsets = list(product(*(range(-r, r + 1) for r in radius)))
+
+    def taps(x: Tensor) -> Tensor:
+        """`x` seen from every pixel at every offset of the window: `(B, C, T, P)`."""
+        boxes = [[slice(r + i, r + i + s) for r, i, s in zip(radius, o, size, strict=True)] for o in offsets]
+        return torch.stack([x[(slice(None), slice(None), *box)].flatten(2) for box in boxes], dim=2)
+
+    queries = rearrange(q, "b (j d) ... -> b j d (...)", j=groups)
+    keys = rearrange(taps(padded), "b (j d) t p -> b j d t p", j=groups)
+    scores = scale * einsum(queries, keys, "b j d p, b j d t p -> b j t p")
+    scores = scores.masked_fill(taps(inside)[:, :1] == 0, float("-inf"))
+    weights = scores.softmax(dim=2)
+    template = torch.tensor(offsets, dtype=dtype, device=q.device)
+    vectors = einsum(weights, template, "b j t p, t n -> b j n p")
+    return reduce(vectors, "b j n p -> b n p", "mean").unflatten(2, size)
+
+
+def warp(x: Tensor, dvf: Tensor, mode: str, padding: str) -> Tensor:
+    """`y(p) = x(p + dvf(p))`, multilinear over the corners of the cell, or nearest (SPEC 2)."""
+    dtype = torch.float64 if torch.float64 in (x.dtype, dvf.dtype) else torch.float32
+    size = x.shape[2:]
+    coordinates = []
+    for c, s in zip(positions(dvf), size, strict=True):
+        if padding == "border":
+            coordinates.append(torch.where(c.isnan(), 0, c).clamp(0, s - 1))
+        else:
+            # Anything beyond the outermost cells is outside all the same; -2 keeps the integers below in range.
+            coordinates.append(torch.where((c > -2) & (c < s + 1), c, -2))
+
+    def look_up(index: list[Tensor]) -> Tensor:
+        inside = torch.ones_like(index[0], dtype=torch.bool)
+        flat = torch.zeros_like(index[0])
+        for i, s in zip(index, size, strict=True):
+            inside &= (i >= 0) & (i <= s - 1)
+            flat = flat * s + i.clamp(0, s - 1)
+        rows = flat.flatten(1).unsqueeze(1).expand(-1, x.shape[1], -1)
+        values = x.flatten(2).gather(2, rows).unflatten(2, flat.shape[1:])
+        return torch.where(inside.unsqueeze(1), values, 0)
+
+    if mode == "nearest":
+        return look_up([c.round().long() for c in coordinates])
+    low = [c.detach().floor() for c in coordinates]
+    part = [c - f for c, f in zip(coordinates, low, strict=True)]
+    out: Tensor | None = None
+    for corner in product((0, 1), repeat=len(size)):
+        weight = torch.ones_like(part[0])
+        for bit, f in zip(corner, part, strict=True):
+            weight = weight * (f if bit else 1 - f)
+        index = [f.long() + bit for bit, f in zip(corner, low, strict=True)]
+        if padding == "border":
+            index = [i.clamp(max=s - 1) for i, s in zip(index, size, strict=True)]
+        weight, values = weight.unsqueeze(1).to(dtype), look_up(index).to(dtype)
+        # A corner without weight must not turn the pixel into NaN when its own value is not finite.
+        term = weight * torch.where((weight == 0) & ~values.isfinite(), 0, values)
+        out = term if out is None else out + term
+    assert out is not None
+    return out.to(x.dtype)
+
+
+def compose(fine: Tensor, coarse: Tensor) -> Tensor:
+    """The fusion operation (COVER Eq. 28): the coarse field, up-sampled and doubled, looked up where `fine` points."""
+    return fine + warp(upsample_dvf(coarse, fine.shape[2:]), fine, "linear", "border")
+
+
+def masked_mean(values: Tensor, mask: Tensor | None, denominator: Tensor | float | None) -> Tensor:
+    """Sum of `values` `(B, 1, *S)` where the mask is set, over `denominator` (default: pixels set, at least 1)."""
+    if mask is None:
+        total, count = values.sum(), torch.tensor(float(values.numel()), device=values.device)
+    else:
+        total, count = torch.where(mask, values, 0).sum(), mask.sum()
+    return total / (count.clamp(min=1).to(values.dtype) if denominator is None else denominator)
+
+
+def vector_loss(pred: Tensor, target: Tensor, mask: Tensor | None, denominator: Tensor | float | None) -> Tensor:
+    """COVER Eq. 6 as a mean: L1 over components, mean over matched pixels."""
+    return masked_mean(reduce((pred - target).abs(), "b n ... -> b 1 ...", "sum"), mask, denominator)
+
+
+def end_point_error(pred: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean Euclidean distance between two fields over matched pixels, in pixels."""
+    return masked_mean(torch.linalg.vector_norm(pred - target, dim=1, keepdim=True), mask, None)
+
+
+def consistency_loss(
+    feat_a: Tensor, feat_b: Tensor, dvf: Tensor, mask: Tensor | None, denominator: Tensor | float | None
+) -> Tensor:
+    """1 - mean cosine between the features of view b and those of view a brought over by the true field."""
+    dtype = torch.float64 if feat_b.dtype == torch.float64 else torch.float32
+    a, b = warp(feat_a, dvf, "linear", "zeros").to(dtype), feat_b.to(dtype)
+    dot = einsum(a, b, "b c ..., b c ... -> b ...").unsqueeze(1)
+    norms = [torch.linalg.vector_norm(f, dim=1, keepdim=True).clamp(min=1e-6) for f in (a, b)]
+    return 1 - masked_mean(dot / (norms[0] * norms[1]), mask, denominator)
