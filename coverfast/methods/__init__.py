@@ -1,0 +1,33 @@
+"""Methods: a batch of images becomes named losses. A method knows no files, no loop and no process group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one training iteration.
+
+    Attributes:
+        images: `(B, C, *S)` float32 in [0, 1], on the training device, zero-filled to a common size.
+        sizes: `(B, n)` true sizes in pixels, on the CPU.
+        samples: `(B,)` position of each image in the global batch, on the CPU.
+        iteration: of the training, from 1; the key of everything random in the iteration.
+    """
+
+    images: Tensor
+    sizes: Tensor
+    samples: Tensor
+    iteration: int
+
+
+class Method(Protocol):
+    """What the training loop asks of a method."""
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Named scalars; "loss" is minimised, the others are logged."""
+        ...

@@ -1,0 +1,89 @@
+"""The paper's U-Net, 2D and 3D."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coverfast.checks import InputError, check_map, require, shape_of
+from coverfast.geometry import level_size
+
+#: Channels of the paper's U-Net, encoder to decoder.
+PAPER_CHANNELS = (32, 64, 128, 256, 512, 256, 128, 64, 32)
+
+_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+_UPSAMPLE = {2: "bilinear", 3: "trilinear"}
+
+
+class DoubleConv(nn.Sequential):
+    """Twice: 3^n convolution with bias, GroupNorm with 8 channels a group, LeakyReLU(0.2)."""
+
+    def __init__(self, ndim: int, in_channels: int, out_channels: int) -> None:
+        layers: list[nn.Module] = []
+        for channels in (in_channels, out_channels):
+            conv = _CONV[ndim](channels, out_channels, 3, padding=1)
+            nn.init.kaiming_normal_(conv.weight, a=0.2)
+            nn.init.zeros_(conv.bias)
+            layers += [conv, nn.GroupNorm(out_channels // 8, out_channels), nn.LeakyReLU(0.2, inplace=True)]
+        super().__init__(*layers)
+
+
+class UNet(nn.Module):
+    """U-Net that returns the feature maps of its levels, coarse to fine.
+
+    Down: 2^n max-pooling; up: linear up-sampling in half-pixel geometry and concatenation. With one input channel
+    and the paper's channels 7,851,936 parameters in 2D and 23,538,144 in 3D.
+
+    Args:
+        ndim: 2 or 3 spatial axes.
+        in_channels: channels of the image.
+        channels: channels of the `2L - 1` stages, encoder then decoder; multiples of 8.
+
+    Attributes:
+        feature_channels: channels of the L maps returned, coarse to fine.
+        strides: pixels of the image per pixel of each map, coarse to fine.
+    """
+
+    def __init__(self, ndim: int, in_channels: int = 1, channels: Sequence[int] = PAPER_CHANNELS) -> None:
+        super().__init__()
+        require(ndim in (2, 3), f"ndim must be 2 or 3, got {ndim}")
+        require(in_channels >= 1, f"in_channels must be at least 1, got {in_channels}")
+        channels = tuple(channels)
+        require(
+            len(channels) >= 3 and len(channels) % 2 == 1 and all(c > 0 and c % 8 == 0 for c in channels),
+            f"channels must be an odd number of at least 3 positive multiples of 8, got {channels}",
+        )
+        self.ndim, self.in_channels, self.channels = ndim, in_channels, channels
+        self.levels = (len(channels) + 1) // 2
+        encoder, decoder = channels[: self.levels], channels[self.levels :]
+        self.feature_channels = channels[self.levels - 1 :]
+        self.strides = tuple(2**i for i in reversed(range(self.levels)))
+        self.stem = DoubleConv(ndim, in_channels, encoder[0])
+        self.down = nn.ModuleList(
+            DoubleConv(ndim, a, b) for a, b in zip(encoder, encoder[1:], strict=False)
+        )
+        self.up = nn.ModuleList(
+            DoubleConv(ndim, below + skip, out)
+            for below, skip, out in zip(self.feature_channels, reversed(encoder[:-1]), decoder, strict=False)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Features of an image `(B, in_channels, *S)`, coarse to fine; `S` divisible by the coarsest stride."""
+        ndim = check_map("image", x)
+        if ndim != self.ndim or x.shape[1] != self.in_channels:
+            raise InputError(
+                f"image must be (B, {self.in_channels}, *S) with {self.ndim} spatial axes, got {shape_of(x)}"
+            )
+        level_size(x.shape[2:], self.levels)
+        skips = [self.stem(x)]
+        pool = F.max_pool2d if self.ndim == 2 else F.max_pool3d
+        for stage in self.down:
+            skips.append(stage(pool(skips[-1], 2)))
+        features = [skips.pop()]
+        for stage in self.up:
+            up = F.interpolate(features[-1], scale_factor=2, mode=_UPSAMPLE[self.ndim], align_corners=False)
+            features.append(stage(torch.cat([skips.pop(), up], 1)))
+        return features

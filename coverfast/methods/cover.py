@@ -1,0 +1,106 @@
+"""COVER: contrast in vector regression."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from coverfast.geometry import Size, upsample_dvf
+from coverfast.methods import Batch
+from coverfast.ops.losses import consistency_loss, end_point_error, vector_loss
+from coverfast.ops.warp import warp
+from coverfast.pyramid import VectorPyramid
+from coverfast.views import Views, ViewSettings, make_views
+
+
+class Matched(NamedTuple):
+    """Two views and what the network makes of them: the fields of all levels, coarse to fine."""
+
+    views: Views
+    levels: list[Tensor]
+    feat_a: Tensor
+    feat_b: Tensor
+
+
+class Cover(nn.Module):
+    """Vector contrastive learning: recover the field between two views of each image (COVER Sec. 3).
+
+    Args:
+        backbone: maps `(B, C, *S)` to feature maps, coarse to fine.
+        pyramid: predicts the field from the maps of both views.
+        crop: size of the views.
+        seed: key of the random views.
+        settings: ranges of the view transforms.
+        pad: see `make_views`.
+        impl: implementation of the losses, see `mov`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        pyramid: VectorPyramid,
+        *,
+        crop: Size,
+        seed: int = 0,
+        settings: ViewSettings | None = None,
+        pad: bool = False,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.backbone, self.pyramid = backbone, pyramid
+        self.crop, self.seed, self.settings, self.pad, self.impl = crop, seed, settings, pad, impl
+
+    def match(self, batch: Batch) -> Matched:
+        """Draw the views and predict the field between them."""
+        with torch.no_grad():
+            views = make_views(
+                batch.images,
+                self.crop,
+                seed=self.seed,
+                iteration=batch.iteration,
+                samples=batch.samples,
+                sizes=batch.sizes,
+                settings=self.settings,
+                pad=self.pad,
+            )
+        # Nothing in the backbone mixes samples, so both views pass as one batch.
+        pairs = [f.chunk(2) for f in self.backbone(torch.cat([views.x_a, views.x_b]))]
+        levels = self.pyramid([a for a, _ in pairs], [b for _, b in pairs], return_levels=True)
+        assert isinstance(levels, list)
+        return Matched(views, levels, *pairs[-1])
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses and figures of merit of a batch: `loss`, `loss_vec`, `loss_con`, `epe`, `epe_ratio`."""
+        views, levels, feat_a, feat_b = self.match(batch)
+        loss_vec = vector_loss(levels[-1], views.target, views.mask, impl=self.impl)
+        loss_con = consistency_loss(feat_a, feat_b, views.target, views.mask, impl=self.impl)
+        with torch.no_grad():
+            epe = end_point_error(levels[-1], views.target, views.mask, impl=self.impl)
+            still = end_point_error(torch.zeros_like(levels[-1]), views.target, views.mask, impl=self.impl)
+        return {
+            "loss": loss_vec + loss_con,
+            "loss_vec": loss_vec,
+            "loss_con": loss_con,
+            "epe": epe,
+            "epe_ratio": epe / still.clamp(min=1e-6),
+        }
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor | list[Tensor]]:
+        """What there is to see of the first sample, without the batch axis: the fields of `report.Pictures`."""
+        views, levels, _, _ = self.match(batch)
+        warped = []
+        for level, field in enumerate(levels):
+            for _ in range(len(levels) - 1 - level):
+                field = upsample_dvf(field, [2 * s for s in field.shape[2:]])
+            warped.append(warp(views.x_a, field, impl=self.impl)[0])
+        return {
+            "x_a": views.x_a[0],
+            "x_b": views.x_b[0],
+            "dvf_true": views.dvf[0],
+            "mask": views.mask[0],
+            "dvf_levels": [field[0] for field in levels],
+            "warped": warped,
+        }
