@@ -7,7 +7,7 @@ import sys
 import typer
 
 from coverfast.checks import InputError
-from coverfast.cli import shards
+from coverfast.cli import bench, pretrain, shards
 
 app = typer.Typer(
     name="coverfast",
@@ -17,6 +17,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(shards.app, name="shards")
+app.command()(pretrain.pretrain)
+app.command()(pretrain.config)
+app.command()(pretrain.demo)
+app.add_typer(bench.app, name="bench")
+
+
+def _version(show: bool) -> None:
+    if show:
+        import coverfast
+
+        print(coverfast.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", help="print the version", callback=_version, is_eager=True),
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -26,3 +45,6 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has gone: `coverfast config small-2d | head`
+        sys.stderr.close()
+        sys.exit(141)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from coverfast.ops.warp import warp as warp
     from coverfast.pyramid import VectorPyramid as VectorPyramid
     from coverfast.shards import Shard as Shard
-    from coverfast.views import ViewSettings as ViewSettings
+    from coverfast.view_settings import ViewSettings as ViewSettings
     from coverfast.views import make_views as make_views
 
 __version__ = "0.1.0"
@@ -38,7 +38,7 @@ _HOME = {
     "Shard": "shards",
     "UNet": "backbones",
     "VectorPyramid": "pyramid",
-    "ViewSettings": "views",
+    "ViewSettings": "view_settings",
     "affine_dvf": "geometry",
     "compose": "ops.compose",
     "consistency_loss": "ops.losses",

@@ -16,12 +16,14 @@ class Batch:
         images: `(B, C, *S)` float32 in [0, 1], on the training device, zero-filled to a common size.
         sizes: `(B, n)` true sizes in pixels, on the CPU.
         samples: `(B,)` position of each image in the global batch, on the CPU.
-        iteration: of the training, from 1; the key of everything random in the iteration.
+        seed: key of everything random, with the iteration and the samples' positions.
+        iteration: of the training, from 1; 0 for fixed held-out views.
     """
 
     images: Tensor
     sizes: Tensor
     samples: Tensor
+    seed: int
     iteration: int
 
 

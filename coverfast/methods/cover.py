@@ -31,7 +31,6 @@ class Cover(nn.Module):
         backbone: maps `(B, C, *S)` to feature maps, coarse to fine.
         pyramid: predicts the field from the maps of both views.
         crop: size of the views.
-        seed: key of the random views.
         settings: ranges of the view transforms.
         pad: see `make_views`.
         impl: implementation of the losses, see `mov`.
@@ -43,14 +42,13 @@ class Cover(nn.Module):
         pyramid: VectorPyramid,
         *,
         crop: Size,
-        seed: int = 0,
         settings: ViewSettings | None = None,
         pad: bool = False,
         impl: str = "auto",
     ) -> None:
         super().__init__()
         self.backbone, self.pyramid = backbone, pyramid
-        self.crop, self.seed, self.settings, self.pad, self.impl = crop, seed, settings, pad, impl
+        self.crop, self.settings, self.pad, self.impl = crop, settings, pad, impl
 
     def match(self, batch: Batch) -> Matched:
         """Draw the views and predict the field between them."""
@@ -58,7 +56,7 @@ class Cover(nn.Module):
             views = make_views(
                 batch.images,
                 self.crop,
-                seed=self.seed,
+                seed=batch.seed,
                 iteration=batch.iteration,
                 samples=batch.samples,
                 sizes=batch.sizes,

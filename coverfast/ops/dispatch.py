@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from coverfast.checks import InputError, check_choice
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 

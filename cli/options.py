@@ -1,0 +1,52 @@
+"""Command-line flags made from the table of settings, so that no setting is written twice."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+
+def ints(text: str) -> tuple[int, ...]:
+    """`128` or `128,96,96`."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"expected an int or ints with commas between, got {text!r}") from None
+
+
+def _option(setting: Any) -> inspect.Parameter:
+    kind = type(setting.default)
+    names = [f"--{setting.name.replace('_', '-')}"]
+    extra: dict[str, Any] = {"help": setting.metadata["help"], "show_default": False}
+    if kind is bool:
+        names = [f"{names[0]}/--no-{setting.name.replace('_', '-')}"]
+    if kind is tuple:
+        annotation: Any = Annotated[Any, typer.Option(*names, parser=ints, metavar="INTS", **extra)]
+    else:
+        annotation = Annotated[kind | None, typer.Option(*names, **extra)]
+    return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def with_settings(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a flag for every field of a settings class; it receives those that were given as `flags`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        names = [f.name for f in fields(settings)]
+
+        def wrapped(**values: Any) -> None:
+            flags = {n: values.pop(n) for n in names}
+            command(flags={n: v for n, v in flags.items() if v is not None}, **values)
+
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        parameters = [*own, *(_option(f) for f in fields(settings))]
+        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+        wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+        return wrapped
+
+    return decorate

@@ -1,0 +1,106 @@
+"""`coverfast pretrain`, `coverfast config` and `coverfast demo`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coverfast.checks import require
+from coverfast.cli.options import with_settings
+from coverfast.cli.progress import training_progress
+from coverfast.training.settings import PRESETS, Settings, preset_settings, to_toml
+
+if TYPE_CHECKING:
+    from coverfast.training.pretrain import Pretraining
+
+
+@with_settings(Settings)
+def pretrain(
+    flags: dict[str, Any],
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in --run DIR exactly")] = False,
+) -> None:
+    """Pretrain a backbone on a shard by vector contrastive learning.
+
+    Settings come from a preset, then from --config, then from flags. The run folder holds the resolved configuration,
+    metrics, checkpoints, backbone.safetensors and, with matplotlib, a picture.
+    """
+    from coverfast.training import pretrain as library
+
+    if resume:
+        require(config is None, "config cannot be given with --resume: the run has its own")
+        ready = library.resume(flags)
+    else:
+        ready = library.plan(flags, config)
+    run_pretraining(ready)
+
+
+def run_pretraining(ready: Pretraining) -> None:
+    """Train with progress on the terminal and say where everything lies."""
+    s = ready.settings
+    for note in ready.notes:
+        print(note)
+    told = len(ready.notes)
+    print(
+        f"{s.preset}: iterations {ready.first} to {s.iterations}, batch {s.batch}, crop {'x'.join(map(str, s.crop))}, "
+        f"{len(ready.shard)} sample(s) of {ready.shard.path}, on {ready.device}"
+    )
+    started = time.monotonic()
+    with training_progress(ready.first, s.iterations) as show:
+        run = ready.start(on_step=show)
+    for note in ready.notes[told:]:
+        print(note)
+    print(f"done in {time.monotonic() - started:.0f} s: {run.folder}")
+    for path, what in (
+        (run.backbone, "the trained backbone, coverfast.load_backbone() reads it"),
+        (run.picture, "views, true and predicted field, warped views, curves"),
+        (run.metrics, "a line an iteration"),
+        (run.config, "settings, versions, commit, data hash"),
+    ):
+        if path.exists():
+            print(f"  {path}  {what}")
+
+
+def config(preset: Annotated[str, typer.Argument(help=", ".join(PRESETS))]) -> None:
+    """Print the settings of a preset as TOML, for --config."""
+    print(to_toml(preset_settings(preset), comments=True), end="")
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the shard and the run; must be new or empty")] = Path("demo"),
+    images: Annotated[int, typer.Option(min=2, help="synthetic images to make")] = 64,
+    iterations: Annotated[int, typer.Option(min=1, help="iterations to train")] = 300,
+    seed: Annotated[int, typer.Option(min=0, help="key of images, weights and views")] = 0,
+) -> None:
+    """Build a shard of synthetic anatomy, pretrain small-2d on it and show where everything lies."""
+    from coverfast.phantom import phantom
+    from coverfast.shards import Sample, ShardWriter
+    from coverfast.training import pretrain as library
+
+    require(
+        not out.exists() or (out.is_dir() and not any(out.iterdir())),
+        f"out must be a new or empty folder, but {out} exists; choose another with --out",
+    )
+    size, held_out = 192, max(1, images // 8)
+    shards = {"train": range(images), "val": range(images, images + held_out)}
+    for name, indices in shards.items():
+        path = out / f"phantom-{name}.h5"
+        with ShardWriter(path, ndim=2, preprocessing={"preset": "phantom", "seed": seed}) as writer:
+            for index in indices:
+                pixels = (phantom(2, size, seed=seed, index=index).image[None] * 255).round().astype("uint8")
+                writer.add(Sample(pixels, 1.0, 0.0, 0.0, 255.0, (1.0, 1.0), f"phantom-{seed}-{index}"))
+        print(f"{path}: {len(indices)} synthetic images of {size} x {size}")
+    ready = library.plan(
+        {
+            "data": str(out / "phantom-train.h5"),
+            "val": str(out / "phantom-val.h5"),
+            "run": str(out / "run"),
+            "preset": "small-2d",
+            "iterations": iterations,
+            "seed": seed,
+        }
+    )
+    run_pretraining(ready)

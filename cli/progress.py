@@ -1,0 +1,69 @@
+"""Progress of a training run on the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Record = dict[str, float]
+
+#: Lines written over a run where there is no terminal to draw a bar on.
+_LINES = 20
+_SMOOTH = 0.9
+
+
+def _text(record: Record) -> str:
+    parts = [f"loss {record['loss']:.3f}", f"L_vec {record['loss_vec']:.3f}", f"L_con {record['loss_con']:.3f}"]
+    parts += [f"epe {record['epe']:.2f} px", f"ratio {record['epe_ratio']:.3f}"]
+    return "  ".join(parts)
+
+
+@contextmanager
+def training_progress(first: int, iterations: int) -> Iterator[Callable[[Record], None]]:
+    """Give a function that shows a record: a bar on a terminal, a line now and then elsewhere.
+
+    Shows loss, its parts, end-point error and ratio (running means), iterations a second and the time left.
+    """
+    console = Console()
+    mean: Record = {}
+    started = time.monotonic()
+
+    def smooth(record: Record) -> Record:
+        for name, value in record.items():
+            mean[name] = value if name not in mean else _SMOOTH * mean[name] + (1 - _SMOOTH) * value
+        return mean
+
+    def rate(done: int) -> float:
+        return (done - first + 1) / max(time.monotonic() - started, 1e-9)
+
+    if not console.is_terminal:
+        every = max(1, (iterations - first + 1) // _LINES)
+
+        def print_line(record: Record) -> None:
+            done, shown = int(record["iteration"]), smooth(record)
+            if done % every == 0 or done == iterations:
+                left = (iterations - done) / rate(done)
+                print(f"{done}/{iterations}  {_text(shown)}  {rate(done):.2f} it/s  {left:.0f} s left", flush=True)
+
+        yield print_line
+        return
+
+    columns = [
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("{task.fields[rate]:.2f} it/s"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    ]
+    with Progress(*columns, console=console, expand=True) as bar:
+        task = bar.add_task("starting", total=iterations, completed=first - 1, rate=0.0)
+
+        def draw(record: Record) -> None:
+            done = int(record["iteration"])
+            bar.update(task, completed=done, description=_text(smooth(record)), rate=rate(done))
+
+        yield draw

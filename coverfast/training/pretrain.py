@@ -1,0 +1,211 @@
+"""Pretraining from settings to results: put the parts together, train, leave a backbone and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coverfast.backbones import UNet, load_state, read_backbone
+from coverfast.backbones.files import backbone_bytes
+from coverfast.checks import InputError, per_axis, require
+from coverfast.disk import write_atomically
+from coverfast.geometry import level_size
+from coverfast.methods.cover import Cover
+from coverfast.pyramid import VectorPyramid
+from coverfast.shards import Shard
+from coverfast.training.data import batches, check_fits, held_out
+from coverfast.training.loop import Record, Schedule, train
+from coverfast.training.runs import Run
+from coverfast.training.settings import (
+    PRESETS,
+    Settings,
+    as_plain,
+    check_resume,
+    preset_ndim,
+    read_toml,
+    resolve,
+)
+
+#: Separates the views of validation from those of training.
+_VALIDATION_KEY = 0x5A17
+
+
+@dataclass
+class Pretraining:
+    """A run that is ready to start or to go on; `plan` or `resume` make one."""
+
+    settings: Settings
+    run: Run | None
+    shard: Shard
+    val: Shard | None
+    method: Cover
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    first: int
+    notes: list[str]
+
+    def start(self, on_step: Callable[[Record], None] = lambda record: None) -> Run:
+        """Train to the end and write `backbone.safetensors` and, with matplotlib, `report.png`; return the run."""
+        s = self.settings
+        if self.run is None:
+            self.run = Run.create(s, data_sha256=self.shard.content_hash)
+        else:
+            self.run.write_config(s, data_sha256=self.shard.content_hash)
+        self.run.cut_metrics(self.first - 1)
+        data = batches(
+            self.shard,
+            batch=s.batch,
+            seed=s.seed,
+            first=self.first,
+            last=s.iterations,
+            workers=s.workers,
+            device=self.device,
+        )
+        schedule = Schedule(s.iterations, s.clip, s.checkpoint_every, s.keep_checkpoints, s.val_every)
+        train(
+            self.method,
+            self.optimizer,
+            data,
+            self.run,
+            schedule,
+            validation=self._held_out if self.val else None,
+            on_step=on_step,
+        )
+        self._save_backbone()
+        self._draw()
+        return self.run
+
+    def _held_out(self) -> Any:
+        s = self.settings
+        key = s.seed ^ (_VALIDATION_KEY << 32)
+        return held_out(self.val or self.shard, batch=s.batch, limit=s.val_samples, seed=key, device=self.device)
+
+    def _save_backbone(self) -> None:
+        assert self.run is not None
+        backbone = self.method.backbone
+        assert isinstance(backbone, UNet)
+        data = backbone_bytes(backbone, config=as_plain(self.settings), preprocessing=self.shard.preprocessing)
+        write_atomically(self.run.backbone, data)
+
+    def _draw(self) -> None:
+        """The picture of the run, from fixed views of the first (held-out) sample."""
+        from coverfast import report
+
+        assert self.run is not None
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            self.notes.append("no report.png: drawing needs the extra plots (pip install coverfast[plots])")
+            return
+        self.method.eval()
+        seen = self.method.pictures(next(iter(self._held_out())))
+        arrays = {
+            name: [v.cpu().numpy() for v in value] if isinstance(value, list) else value.cpu().numpy()
+            for name, value in seen.items()
+        }
+        report.write_report(self.run.picture, report.Pictures(**arrays), report.load_metrics(self.run.metrics))
+
+
+def plan(flags: Mapping[str, Any], config: str | Path | None = None) -> Pretraining:
+    """A new run from command-line flags over a TOML file over a preset; everything that can be refused is, first."""
+    from_file = read_toml(config)[0] if config else {}
+    given = from_file | dict(flags)
+    require(bool(given.get("data")), "data must name an HDF5 shard, got none; use --data F.h5")
+    shard = Shard(given["data"])
+    notes = []
+    preset = given.get("preset")
+    if not preset:
+        size = "paper" if _device(str(given.get("device", "auto"))).type == "cuda" else "small"
+        preset = f"{size}-{shard.ndim}d"
+        notes.append(f"preset {preset}, for a {shard.ndim}D shard on a {'GPU' if size == 'paper' else 'CPU'}")
+    settings = resolve(preset, from_file, flags)
+    return _assemble(settings, shard, notes)
+
+
+def resume(flags: Mapping[str, Any]) -> Pretraining:
+    """An earlier run, to continue from its newest checkpoint with its own settings."""
+    run, old, origin = Run.open(str(flags.get("run", "")))
+    settings = check_resume(old, flags)
+    shard = Shard(settings.data)
+    require(
+        shard.content_hash == origin.get("data_sha256"),
+        f"data must be the shard of the run (content {origin.get('data_sha256')}), but {settings.data} has content "
+        f"{shard.content_hash}",
+    )
+    ready = _assemble(settings, shard, [], warm=False)
+    ready.run = run
+    if state := run.load_checkpoint(ready.device):
+        iteration = int(state["iteration"])
+        require(
+            settings.iterations >= iteration,
+            f"iterations must be at least {iteration}, where the run stands, got {settings.iterations}",
+        )
+        load_state(ready.method, state["method"], str(run.checkpoints()[-1]))
+        ready.optimizer.load_state_dict(state["optimizer"])
+        ready.first = iteration + 1
+    elif settings.init:
+        _warm_start(ready)
+    ready.notes.append(f"resuming {run.folder} after iteration {ready.first - 1}")
+    return ready
+
+
+def _assemble(settings: Settings, shard: Shard, notes: list[str], *, warm: bool = True) -> Pretraining:
+    s = settings
+    ndim = shard.ndim
+    require(
+        preset_ndim(s.preset) == ndim,
+        f"data must be a {preset_ndim(s.preset)}D shard for preset {s.preset}, but {shard.path} is {ndim}D",
+    )
+    crop = per_axis("crop", s.crop[0] if len(s.crop) == 1 else s.crop, ndim)
+    level_size(crop, len(s.groups))
+    check_fits(shard, crop, pad=s.pad)
+    val = Shard(s.val) if s.val else None
+    if val is not None:
+        require(
+            (val.ndim, val.channels) == (ndim, shard.channels),
+            f"val must be a {ndim}D shard of {shard.channels} channel(s) like {shard.path}, but {val.path} is "
+            f"{val.ndim}D of {val.channels} channel(s)",
+        )
+        check_fits(val, crop, pad=s.pad)
+    device = _device(s.device)
+    if s.threads:
+        torch.set_num_threads(s.threads)
+    torch.manual_seed(s.seed)
+    backbone = UNet(ndim, shard.channels, s.unet_channels())
+    window = s.window[0] if len(s.window) == 1 else s.window
+    pyramid = VectorPyramid(ndim, backbone.feature_channels, s.groups, s.head_dim, window, impl=s.impl)
+    method = Cover(backbone, pyramid, crop=crop, settings=s.views(), pad=s.pad, impl=s.impl).to(device)
+    optimizer = torch.optim.Adam(method.parameters(), lr=s.lr)
+    ready = Pretraining(s, None, shard, val, method, optimizer, device, 1, notes)
+    if s.init and warm:
+        _warm_start(ready)
+    return ready
+
+
+def _warm_start(ready: Pretraining) -> None:
+    state, _ = read_backbone(ready.settings.init)
+    report = load_state(ready.method.backbone, state, ready.settings.init)
+    ready.notes.append(f"backbone from {ready.settings.init}: {report}")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    require(device.type in ("cpu", "cuda"), f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        require(
+            (device.index or 0) < count, f"device must be one of the {count} CUDA devices found here, got {name!r}"
+        )
+    return device
+
+
+__all__ = ["PRESETS", "Pretraining", "plan", "resume"]

@@ -1,0 +1,215 @@
+"""Every setting of a pretraining run, once: presets, TOML, command-line flags and the resume check read this table."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from coverfast.checks import InputError, require
+from coverfast.ops.dispatch import IMPLEMENTATIONS
+from coverfast.view_settings import ViewSettings
+
+Ints = tuple[int, ...]
+
+
+def _setting(default: Any, text: str, **traits: Any) -> Any:
+    """A field with its help; `free` may change on resume, `least` bounds a number from below."""
+    return field(default=default, metadata={"help": text, **traits})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `coverfast pretrain`; the defaults are those of the paper in 2D. Help is in the fields' metadata."""
+
+    preset: str = _setting("paper-2d", "paper-2d, paper-3d, small-2d or small-3d; default: from shard and device")
+    data: str = _setting("", "HDF5 shard to learn from", free=True)
+    val: str = _setting("", "held-out shard whose end-point error is measured on fixed views", free=True)
+    run: str = _setting("", "run folder; default runs/<date>-<time>-<preset>", free=True)
+    init: str = _setting("", "backbone.safetensors to start from")
+    iterations: int = _setting(200_000, "iterations in total", least=1, free=True)
+    batch: int = _setting(24, "images an iteration, over all processes", least=1)
+    crop: Ints = _setting((384,), "size of the views, one int or one per axis", least=1)
+    pad: bool = _setting(False, "zero-pad images smaller than the crop and mask the padding")
+    channels: Ints = _setting((32, 64, 128, 256, 512), "U-Net channels, encoder only or encoder and decoder", least=8)
+    groups: Ints = _setting((4, 4, 4, 1, 1), "groups of each pyramid level, coarse to fine", least=1)
+    head_dim: int = _setting(8, "channels of a group", least=1)
+    window: Ints = _setting((7,), "odd matching window: one int, one per axis or one per level", least=1)
+    strength: float = _setting(1.0, "factor on every range of the spatial transform; 1 is the paper's", least=0)
+    rotation: float = _setting(ViewSettings.rotation, "largest rotation about an axis, radians", least=0)
+    shear: float = _setting(ViewSettings.shear, "largest shear angle, radians", least=0)
+    scale: float = _setting(ViewSettings.scale, "largest deviation of a scale from 1", least=0)
+    translation: float = _setting(ViewSettings.translation, "largest shift, fraction of the size", least=0)
+    elastic: float = _setting(0.0, "standard deviation of a smooth elastic part, pixels", least=0)
+    elastic_spacing: float = _setting(32.0, "distance of its control points, pixels", least=1)
+    probability: float = _setting(0.9, "probability of each appearance transform", least=0)
+    noise: float = _setting(0.02, "largest standard deviation of the noise", least=0)
+    blur: float = _setting(0.05, "largest standard deviation of the blur, pixels", least=0)
+    contrast: float = _setting(0.5, "largest deviation of the contrast factor from 1", least=0)
+    brightness: float = _setting(0.1, "largest standard deviation of the brightness shift", least=0)
+    boxes: int = _setting(10, "most boxes to in-paint", least=0)
+    lr: float = _setting(1e-4, "learning rate of Adam", least=0)
+    clip: float = _setting(1.0, "largest gradient norm", least=0)
+    seed: int = _setting(0, "key of the weights, the order of the samples and the views", least=0)
+    device: str = _setting("auto", "auto, cpu, cuda, cuda:1 ...", free=True)
+    threads: int = _setting(0, "CPU threads of torch; 0 leaves the choice to torch", least=0)
+    impl: str = _setting("auto", f"implementation of the ops: {', '.join(IMPLEMENTATIONS)}")
+    workers: int = _setting(0, "processes that read the shard", least=0, free=True)
+    checkpoint_every: int = _setting(1000, "iterations between checkpoints", least=1, free=True)
+    keep_checkpoints: int = _setting(3, "newest checkpoints kept", least=1, free=True)
+    val_every: int = _setting(1000, "iterations between validations", least=1, free=True)
+    val_samples: int = _setting(32, "most samples of the held-out shard that a validation uses", least=1, free=True)
+
+    def views(self) -> ViewSettings:
+        """The ranges of the view transforms."""
+        return ViewSettings(**{f.name: getattr(self, f.name) for f in fields(ViewSettings)})
+
+    def unet_channels(self) -> Ints:
+        """Channels of all stages; an encoder given alone is mirrored."""
+        levels = len(self.groups)
+        if len(self.channels) == levels:
+            return self.channels + self.channels[-2::-1]
+        require(
+            len(self.channels) == 2 * levels - 1,
+            f"channels must be {levels} (encoder) or {2 * levels - 1} ints (encoder and decoder) for the {levels} "
+            f"levels of groups, got {len(self.channels)}",
+        )
+        return self.channels
+
+
+_SMALL = {
+    "checkpoint_every": 100,
+    "val_every": 50,
+    "val_samples": 8,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper-2d": {},
+    "paper-3d": {"batch": 2, "crop": (128,), "window": (5,)},
+    "small-2d": {"iterations": 300, "batch": 4, "crop": (128,), "channels": (16, 32, 64, 128, 256), **_SMALL},
+    "small-3d": {
+        "iterations": 100,
+        "batch": 1,
+        "crop": (64,),
+        "channels": (8, 16, 32, 64, 128),
+        "window": (5,),
+        **_SMALL,
+    },
+}
+
+
+def preset_ndim(preset: str) -> int:
+    """Spatial axes of the images a preset is for."""
+    return int(preset[-2])
+
+
+def preset_settings(preset: str) -> Settings:
+    """The settings of a preset."""
+    require(preset in PRESETS, f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    return replace(Settings(), preset=preset, **PRESETS[preset])
+
+
+def resolve(preset: str, *layers: Mapping[str, Any]) -> Settings:
+    """A preset with layers over it, the last one winning; every value checked."""
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values |= check_values(layer)
+    settings = replace(preset_settings(preset), **{k: v for k, v in values.items() if k != "preset"})
+    settings.views()
+    settings.unet_channels()
+    require(settings.impl in IMPLEMENTATIONS, f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {settings.impl!r}")
+    return settings
+
+
+def check_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name, checked for name, type and least value."""
+    table = {f.name: f for f in fields(Settings)}
+    checked = {}
+    for name, value in values.items():
+        if name not in table:
+            close = difflib.get_close_matches(name, table, 1)
+            raise InputError(f"there is no setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        checked[name] = _check_value(table[name], value)
+    return checked
+
+
+def _check_value(setting: Field[Any], value: Any) -> Any:
+    name, kind = setting.name, type(setting.default)
+    if kind is tuple and isinstance(value, (int, list, tuple)) and not isinstance(value, bool):
+        value = (value,) if isinstance(value, int) else tuple(value)
+        numbers, fits = value, bool(value) and all(type(v) is int for v in value)
+    else:
+        value = float(value) if kind is float and type(value) is int else value
+        numbers, fits = (value,), type(value) is kind
+    expected = {tuple: "an int or a list of ints", int: "an int", float: "a number", bool: "true or false"}
+    require(fits, f"{name} must be {expected.get(kind, 'a string')}, got {value!r}")
+    least = setting.metadata.get("least")
+    require(
+        least is None or all(least <= v < float("inf") for v in numbers), f"{name} must be at least {least}, got {value!r}"
+    )
+    return value
+
+
+# --- TOML --------------------------------------------------------------------------------------------------------
+
+
+def to_toml(settings: Settings, *, comments: bool = False, tables: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """The settings as a TOML document, with the help of every key as a comment or with further tables behind."""
+    lines = []
+    for f in fields(settings):
+        line = f"{f.name} = {_toml_value(getattr(settings, f.name))}"
+        lines.append(f"{line:<48}# {f.metadata['help']}" if comments else line)
+    for title, table in (tables or {}).items():
+        lines += ["", f"[{title}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return _toml_value(value[0]) if len(value) == 1 else f"[{', '.join(map(str, value))}]"
+    # A JSON string is a TOML string, JSON's numbers and truth values are TOML's; exponents need no change either.
+    return json.dumps(value)
+
+
+def read_toml(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and provenance of a TOML file, settings checked."""
+    path = Path(path)
+    require(path.is_file(), f"config must be a TOML file, but {path} does not exist")
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"config must be a TOML file, but {path} is none: {error}") from None
+    provenance = values.pop("provenance", {})
+    try:
+        return check_values(values), provenance
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+# --- resume ------------------------------------------------------------------------------------------------------
+
+
+def check_resume(old: Settings, given: Mapping[str, Any]) -> Settings:
+    """The settings of a resumed run: the old ones, and what was given anew where that may change."""
+    given = check_values(given)
+    for f in fields(Settings):
+        if f.name in given and not f.metadata.get("free") and given[f.name] != getattr(old, f.name):
+            free = ", ".join(n for n in free_settings())
+            raise InputError(
+                f"{f.name} cannot change on resume, the run has {getattr(old, f.name)!r}, got {given[f.name]!r} "
+                f"(free to change: {free})"
+            )
+    return replace(old, **given)
+
+
+def free_settings() -> Iterable[str]:
+    """Names of the settings that may change on resume."""
+    return (f.name for f in fields(Settings) if f.metadata.get("free"))
+
+
+def as_plain(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON-able values."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
