@@ -51,4 +51,5 @@ def high_water_mark() -> float:
 def where() -> str:
     """Device, threads and versions, for the head of a table."""
     name = platform.processor() or platform.machine()
-    return f"CPU {name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"CPU {name}, {torch.get_num_threads()} threads, {versions}"

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
-
 from coverfast.bench.baselines import mov_a, mov_b
 from coverfast.bench.measure import high_water_mark, interleaved, peak_growth
+from torch import Tensor
+
 from coverfast.ops.mov import mov
 
 Row = tuple[str, float, float, float, float, float]
@@ -30,7 +30,9 @@ def _inputs(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[T
     return q, k
 
 
-def compare(size: Sequence[int], window: Sequence[int], *, channels: int = 8, groups: int = 1, repeats: int = 5) -> list[Row]:
+def compare(
+    size: Sequence[int], window: Sequence[int], *, channels: int = 8, groups: int = 1, repeats: int = 5
+) -> list[Row]:
     """Rows (variant, error, forward s, forward + backward s, spread s, extra peak MB), float32, on the CPU.
 
     The error is the largest difference from the reference in float64, output and gradients, on a grid of at most 16
@@ -59,9 +61,8 @@ def compare(size: Sequence[int], window: Sequence[int], *, channels: int = 8, gr
         text = [name, ",".join(map(str, size)), ",".join(map(str, window)), str(channels), str(groups)]
         peak = peak_growth("coverfast.bench.mov", text)
         seconds = two_way[name]
-        rows.append(
-            (name, error, statistics.median(one_way[name]), statistics.median(seconds), max(seconds) - min(seconds), peak)
-        )
+        spread = max(seconds) - min(seconds)
+        rows.append((name, error, statistics.median(one_way[name]), statistics.median(seconds), spread, peak))
     return rows
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-
 from coverfast.cli.options import ints
 
 app = typer.Typer(help="Measure: time, memory and correctness against the usual formulations.", no_args_is_help=True)
@@ -25,11 +24,11 @@ def mov(
     repeats: Annotated[int, typer.Option(min=1, help="runs of each variant; the median is shown")] = 5,
 ) -> None:
     """`mov` (impl="torch") on the CPU against the eager formulations A (loop over taps) and B (unfolded keys)."""
+    from coverfast.bench.measure import where
+    from coverfast.bench.mov import compare
     from rich.console import Console
     from rich.table import Table
 
-    from coverfast.bench.measure import where
-    from coverfast.bench.mov import compare
     from coverfast.checks import check_window, require
 
     require(len(size) in (2, 3), f"size must have two or three axes, got {size}")

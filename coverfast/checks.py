@@ -102,11 +102,10 @@ def _facet(value: Tensor, what: str) -> object:
 
 def per_axis(name: str, value: int | Sequence[int], ndim: int, *, least: int = 1) -> tuple[int, ...]:
     """An int (the same on every axis) or one int an axis, as a tuple of `ndim` ints."""
-    values = (value,) * ndim if isinstance(value, int) and not isinstance(value, bool) else value
+    values: Any = (value,) * ndim if isinstance(value, int) else value
     ok = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == ndim
     ok = ok and all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values)
     require(ok, f"{name} must be an int of at least {least}, or {ndim} of them (one per axis), got {value!r}")
-    assert not isinstance(values, int)
     return tuple(values)
 
 

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from coverfast.checks import InputError, check_dvf, check_same, per_axis, shape_of
+from coverfast.checks import InputError, check_dvf, per_axis, shape_of
 
 Size = int | Sequence[int]
 
@@ -161,11 +161,3 @@ def level_size(size: Sequence[int], levels: int) -> tuple[int, ...]:
             f"got {tuple(int(s) for s in size)}"
         )
     return tuple(s // divisor for s in size)
-
-
-def check_field_pair(name: str, value: Tensor, other_name: str, other: Tensor) -> int:
-    """Check two DVFs of one batch, size and device; return n."""
-    n = check_dvf(name, value)
-    check_dvf(other_name, other)
-    check_same(name, value, other_name, other, "shape", "device")
-    return n

@@ -119,6 +119,7 @@ class VectorPyramid(nn.Module):
         for a, b, window, groups, project in zip(
             features_a, features_b, self.windows, self.groups, self.projections, strict=True
         ):
+            assert isinstance(project, Projection)
             keys = project.linear(a)
             if levels:
                 keys = warp(keys, upsample_dvf(levels[-1], a.shape[2:]), impl=self.impl)

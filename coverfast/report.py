@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coverfast.checks import InputError, require
+from coverfast.disk import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,23 +167,14 @@ def pretrain_figure(pictures: Pictures, metrics: Mapping[str, Array]) -> Figure:
     return figure
 
 
-def write_report(path: str | os.PathLike[str], pictures: Pictures, metrics: Mapping[str, Array]) -> None:
+def write_report(path: str | Path, pictures: Pictures, metrics: Mapping[str, Array]) -> None:
     """Write `pretrain_figure` as a PNG, whole or not at all: a reader never sees half a picture.
 
     Raises `InputError` if matplotlib is not installed or the file cannot be written.
     """
-    target = Path(path)
     image = io.BytesIO()
     pretrain_figure(pictures, metrics).savefig(image, format="png", dpi=DPI)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(image.getvalue())
-        temporary.replace(target)
-    except OSError as error:
-        raise InputError(f"picture {target} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    write_atomically(path, image.getvalue())
 
 
 def _slice(array: Array) -> Array:

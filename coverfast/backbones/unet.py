@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ class DoubleConv(nn.Sequential):
         for channels in (in_channels, out_channels):
             conv = _CONV[ndim](channels, out_channels, 3, padding=1)
             nn.init.kaiming_normal_(conv.weight, a=0.2)
-            nn.init.zeros_(conv.bias)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
             layers += [conv, nn.GroupNorm(out_channels // 8, out_channels), nn.LeakyReLU(0.2, inplace=True)]
         super().__init__(*layers)
 
@@ -63,7 +65,7 @@ class UNet(nn.Module):
         self.strides = tuple(2**i for i in reversed(range(self.levels)))
         self.stem = DoubleConv(ndim, in_channels, encoder[0])
         self.down = nn.ModuleList(
-            DoubleConv(ndim, a, b) for a, b in zip(encoder, encoder[1:], strict=False)
+            DoubleConv(ndim, a, b) for a, b in pairwise(encoder)
         )
         self.up = nn.ModuleList(
             DoubleConv(ndim, below + skip, out)

@@ -12,7 +12,8 @@ from coverfast.methods import Batch
 from coverfast.ops.losses import consistency_loss, end_point_error, vector_loss
 from coverfast.ops.warp import warp
 from coverfast.pyramid import VectorPyramid
-from coverfast.views import Views, ViewSettings, make_views
+from coverfast.view_settings import ViewSettings
+from coverfast.views import Views, make_views
 
 
 class Matched(NamedTuple):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,22 +36,14 @@ class ShuffledShard(Dataset[Item]):
 
     def __init__(self, shard: Shard, seed: int) -> None:
         self.shard, self.seed = shard, seed
-        self._order = lru_cache(maxsize=2)(self._permutation)
-
-    def _permutation(self, epoch: int) -> Tensor:
-        return permutation(self.seed, epoch, len(self.shard))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Workers get the shard and the seed; the cached orders stay behind."""
-        return {"shard": self.shard, "seed": self.seed}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["shard"], state["seed"])  # type: ignore[misc]
+        self._epoch, self._order = -1, torch.empty(0)
 
     def index(self, position: int) -> int:
         """Which sample of the shard stands at a position of the stream."""
         epoch, place = divmod(position, len(self.shard))
-        return int(self._order(epoch)[place])
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self.shard))
+        return int(self._order[place])
 
     def __getitem__(self, position: int) -> Item:
         return load_image(self.shard, self.index(position)), position

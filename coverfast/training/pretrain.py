@@ -103,7 +103,7 @@ class Pretraining:
             return
         self.method.eval()
         seen = self.method.pictures(next(iter(self._held_out())))
-        arrays = {
+        arrays: dict[str, Any] = {
             name: [v.cpu().numpy() for v in value] if isinstance(value, list) else value.cpu().numpy()
             for name, value in seen.items()
         }

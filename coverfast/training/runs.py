@@ -60,7 +60,11 @@ class Run:
             )
         with explained(run.folder):
             run.folder.mkdir(parents=True, exist_ok=True)
-        run.write_config(settings, data_sha256=data_sha256)
+        try:
+            run.write_config(settings, data_sha256=data_sha256)
+        except InputError:
+            run.folder.rmdir()
+            raise
         return run
 
     def write_config(self, settings: Settings, *, data_sha256: str) -> None:

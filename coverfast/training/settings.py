@@ -10,7 +10,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from coverfast.checks import InputError, require
+from coverfast.checks import InputError, check_choice, require
 from coverfast.ops.dispatch import IMPLEMENTATIONS
 from coverfast.view_settings import ViewSettings
 
@@ -120,7 +120,7 @@ def resolve(preset: str, *layers: Mapping[str, Any]) -> Settings:
     settings = replace(preset_settings(preset), **{k: v for k, v in values.items() if k != "preset"})
     settings.views()
     settings.unet_channels()
-    require(settings.impl in IMPLEMENTATIONS, f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {settings.impl!r}")
+    check_choice("impl", settings.impl, IMPLEMENTATIONS)
     return settings
 
 
@@ -148,7 +148,8 @@ def _check_value(setting: Field[Any], value: Any) -> Any:
     require(fits, f"{name} must be {expected.get(kind, 'a string')}, got {value!r}")
     least = setting.metadata.get("least")
     require(
-        least is None or all(least <= v < float("inf") for v in numbers), f"{name} must be at least {least}, got {value!r}"
+        least is None or all(least <= v < float("inf") for v in numbers),
+        f"{name} must be at least {least}, got {value!r}",
     )
     return value
 
@@ -156,7 +157,9 @@ def _check_value(setting: Field[Any], value: Any) -> Any:
 # --- TOML --------------------------------------------------------------------------------------------------------
 
 
-def to_toml(settings: Settings, *, comments: bool = False, tables: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+def to_toml(
+    settings: Settings, *, comments: bool = False, tables: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
     """The settings as a TOML document, with the help of every key as a comment or with further tables behind."""
     lines = []
     for f in fields(settings):

@@ -1,0 +1,379 @@
+"""Pretraining end to end: exact resume, the run folder, refusals. Real processes where a process is the point."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from coverfast import InputError, load_backbone
+from coverfast.backbones import read_backbone
+from coverfast.phantom import phantom
+from coverfast.shards import Sample, Shard, ShardWriter
+from coverfast.training import pretrain as library
+from coverfast.training.data import batches, collate
+
+TINY = {
+    "channels": (8, 8, 8, 16, 16),
+    "groups": (1, 1, 1, 1, 1),
+    "batch": 2,
+    "crop": (32,),
+    "window": (3,),
+    "lr": 1e-3,
+    "threads": 1,
+}
+FLAGS = ["--channels", "8,8,8,16,16", "--groups", "1,1,1,1,1", "--batch", "2", "--crop", "32", "--window", "3"]
+
+
+def make_shard(path: Path, ndim: int = 2, count: int = 3, size: int | tuple[int, ...] = 48, seed: int = 0) -> Path:
+    with ShardWriter(path, ndim=ndim, preprocessing={"preset": "phantom"}) as writer:
+        for index in range(count):
+            image = phantom(ndim, size, seed=seed, index=index).image[None]
+            pixels = (255 * image).round().astype(np.uint8)
+            writer.add(Sample(pixels, 1.0, 0.0, 0.0, 255.0, (1.0,) * ndim, f"subject-{index}"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shard(tmp_path_factory.mktemp("shards") / "small.h5")
+
+
+def start(shard: Path, run: Path, **flags: object) -> library.Run:
+    return library.plan({**TINY, "data": str(shard), "run": str(run), "preset": "small-2d", **flags}).start()
+
+
+def weights(run: library.Run) -> dict[str, torch.Tensor]:
+    return read_backbone(run.backbone)[0]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def lines(run: library.Run) -> list[dict[str, float]]:
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def cli(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "coverfast", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
+
+
+def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2, one sentence on stderr, no traceback."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+# --- resume -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_run_equals_undisturbed_run_bit_for_bit(shard: Path, tmp_path: Path, workers: int) -> None:
+    whole = start(shard, tmp_path / "whole", iterations=6)
+    start(shard, tmp_path / "halves", iterations=3)
+    halves = library.resume({"run": str(tmp_path / "halves"), "iterations": 6, "workers": workers}).start()
+    assert same(weights(whole), weights(halves))
+    plain = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines(run)] for run in (whole, halves)]
+    assert plain[0] == plain[1]
+    states = [run.load_checkpoint(torch.device("cpu")) for run in (whole, halves)]
+    assert all(s is not None for s in states)
+    moments = [[t for m in s["optimizer"]["state"].values() for t in m.values()] for s in states if s]
+    assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
+
+
+def test_seeds_give_different_weights(shard: Path, tmp_path: Path) -> None:
+    runs = [start(shard, tmp_path / str(seed), iterations=1, seed=seed) for seed in (0, 1)]
+    assert not same(*map(weights, runs))
+
+
+def test_killed_run_resumes_to_the_same_weights(shard: Path, tmp_path: Path) -> None:
+    whole = start(shard, tmp_path / "whole", iterations=40, checkpoint_every=4)
+    run = tmp_path / "killed"
+    flags = [*FLAGS, "--lr", "1e-3", "--threads", "1", "--iterations", "40", "--checkpoint-every", "4"]
+    command = [sys.executable, "-m", "coverfast", "pretrain", "--preset", "small-2d", "--data", str(shard)]
+    process = subprocess.Popen([*command, *flags, "--run", str(run)], stdout=subprocess.DEVNULL)
+    checkpoint = run / "checkpoints" / "iteration-00000004.pt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "backbone.safetensors").exists()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4')  # a line that the kill cut short
+    resumed = library.resume({"run": str(run)})
+    assert resumed.first > 4
+    done = resumed.start()
+    assert same(weights(whole), weights(done))
+    assert [line["iteration"] for line in lines(done)] == list(range(1, 41))
+
+
+def test_run_killed_before_its_first_checkpoint_starts_over(shard: Path, tmp_path: Path) -> None:
+    whole = start(shard, tmp_path / "whole", iterations=2)
+    run = start(shard, tmp_path / "early", iterations=2)
+    for path in run.checkpoints():
+        path.unlink()
+    run.backbone.unlink()
+    again = library.resume({"run": str(run.folder)}).start()
+    assert same(weights(whole), weights(again))
+
+
+def test_resume_refuses_what_may_not_change_and_names_it(shard: Path, tmp_path: Path) -> None:
+    run = str(start(shard, tmp_path / "run", iterations=1).folder)
+    for name, value in {"lr": 0.5, "crop": (16,), "seed": 9, "window": (5,), "strength": 0.5, "pad": True}.items():
+        with pytest.raises(InputError, match=rf"^{name} cannot change on resume"):
+            library.resume({"run": run, name: value})
+    library.resume({"run": run, "lr": TINY["lr"], "checkpoint_every": 7, "workers": 1})
+    other = make_shard(tmp_path / "other.h5", seed=5)
+    with pytest.raises(InputError, match="data must be the shard of the run"):
+        library.resume({"run": run, "data": str(other)})
+    copy = tmp_path / "moved.h5"
+    copy.write_bytes(shard.read_bytes())
+    assert library.resume({"run": run, "data": str(copy), "iterations": 2}).first == 2
+    with pytest.raises(InputError, match="iterations must be at least 1"):
+        library.resume({"run": run, "iterations": 0})
+
+
+def test_damaged_checkpoint_is_refused(shard: Path, tmp_path: Path) -> None:
+    run = start(shard, tmp_path / "run", iterations=1)
+    path = run.checkpoints()[-1]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="must be a checkpoint"):
+        library.resume({"run": str(run.folder), "iterations": 2})
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.system, ("touch exploded",))
+
+
+def test_pickle_bomb_as_checkpoint_does_not_run(
+    shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(shard, tmp_path / "run", iterations=1)
+    torch.save({"format": _Bomb()}, run.checkpoints()[-1])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="must be a checkpoint"):
+        library.resume({"run": str(run.folder), "iterations": 2})
+    assert not (tmp_path / "exploded").exists()
+
+
+# --- the run folder -------------------------------------------------------------------------------------------------
+
+
+def test_run_folder_holds_everything(shard: Path, tmp_path: Path) -> None:
+    run = start(shard, tmp_path / "run", iterations=3, val=str(shard), val_every=2, checkpoint_every=1)
+    config = tomllib.loads(run.config.read_text())
+    assert config["iterations"] == 3
+    assert config["provenance"]["data_sha256"] == Shard(shard).content_hash
+    assert {"torch", "numpy", "python", "commit", "coverfast"} <= config["provenance"].keys()
+    records = lines(run)
+    keys = {"iteration", "loss", "loss_vec", "loss_con", "epe", "epe_ratio", "seconds"}
+    assert [r["iteration"] for r in records] == [1, 2, 3]
+    assert all(keys <= r.keys() for r in records)
+    assert ["val_epe" in r for r in records] == [False, True, True]
+    assert [p.name for p in run.checkpoints()] == [f"iteration-{i:08d}.pt" for i in (1, 2, 3)]
+    assert run.picture.read_bytes().startswith(b"\x89PNG")
+    assert not [p for p in run.folder.rglob("*") if "partial" in p.name or "tmp" in p.name]
+
+
+def test_old_checkpoints_go(shard: Path, tmp_path: Path) -> None:
+    run = start(shard, tmp_path / "run", iterations=4, checkpoint_every=1, keep_checkpoints=2)
+    assert [p.name for p in run.checkpoints()] == ["iteration-00000003.pt", "iteration-00000004.pt"]
+
+
+def test_backbone_on_disk_is_the_trained_one(shard: Path, tmp_path: Path) -> None:
+    flags = {**TINY, "data": str(shard), "run": str(tmp_path / "run"), "preset": "small-2d", "iterations": 2}
+    ready = library.plan(flags)
+    before = {n: p.clone() for n, p in ready.method.backbone.named_parameters()}
+    run = ready.start()
+    loaded = load_backbone(run.backbone)
+    image = torch.rand(1, 1, 32, 48)
+    trained = ready.method.backbone.eval()
+    with torch.no_grad():
+        for a, b in zip(loaded(image), trained(image), strict=True):
+            assert torch.equal(a, b)
+    assert any(not torch.equal(before[n], p) for n, p in loaded.named_parameters())
+    metadata = read_backbone(run.backbone)[1]
+    assert json.loads(metadata["config"])["iterations"] == 2
+    assert json.loads(metadata["preprocessing"]) == {"preset": "phantom"}
+
+
+def test_warm_start_uses_the_given_weights(shard: Path, tmp_path: Path) -> None:
+    first = start(shard, tmp_path / "first", iterations=1)
+    flags = {**TINY, "data": str(shard), "preset": "small-2d", "init": str(first.backbone), "seed": 3}
+    warm = library.plan(flags)
+    assert same(dict(warm.method.backbone.state_dict()), weights(first))
+    assert any("58 matched" in n or "matched, 0 missing" in n for n in warm.notes)
+    with pytest.raises(InputError, match=r"does not fit the network: .*reshaped"):
+        library.plan({**flags, "channels": (8, 8, 8, 16, 32)})
+
+
+def test_validation_views_never_change_and_do_not_touch_training(shard: Path, tmp_path: Path) -> None:
+    plain = start(shard, tmp_path / "plain", iterations=2)
+    seen = start(shard, tmp_path / "seen", iterations=2, val=str(shard), val_every=1)
+    assert same(weights(plain), weights(seen))
+    frozen = start(shard, tmp_path / "frozen", iterations=2, val=str(shard), val_every=1, lr=0.0)
+    first, second = lines(frozen)
+    assert first["val_epe"] == second["val_epe"]
+    assert first["epe"] != second["epe"]
+
+
+def test_training_lowers_the_end_point_ratio(shard: Path, tmp_path: Path) -> None:
+    run = start(shard, tmp_path / "run", iterations=60, lr=3e-3, strength=0.5)
+    ratios = [r["epe_ratio"] for r in lines(run)]
+    assert np.mean(ratios[-15:]) < np.mean(ratios[:15]) - 0.05
+
+
+def test_3d_run_end_to_end(tmp_path: Path) -> None:
+    data = make_shard(tmp_path / "volume.h5", ndim=3, count=2, size=(32, 36, 40))
+    run = start(data, tmp_path / "run", preset="small-3d", iterations=2, crop=(16, 32, 32), batch=1)
+    assert len(lines(run)) == 2
+    assert load_backbone(run.backbone).ndim == 3
+    assert run.picture.exists()
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_stream_is_the_same_for_any_number_of_workers_and_any_start(shard: Path) -> None:
+    def read(first: int, workers: int) -> list[tuple[int, torch.Tensor]]:
+        source = batches(
+            Shard(shard), batch=4, seed=7, first=first, last=5, workers=workers, device=torch.device("cpu")
+        )
+        return [(b.iteration, b.images) for b in source]
+
+    alone, shared, late = read(1, 0), read(1, 2), read(4, 0)
+    for a, b in ((alone, shared), (alone[3:], late)):
+        assert all(i == j and torch.equal(x, y) for (i, x), (j, y) in zip(a, b, strict=True))
+
+
+def test_stream_is_endless_permutations(shard: Path) -> None:
+    from coverfast.training.data import ShuffledShard
+
+    data = ShuffledShard(Shard(shard), 3)
+    order = [data.index(i) for i in range(30)]
+    assert all(sorted(order[i : i + 3]) == [0, 1, 2] for i in range(0, 30, 3))
+    assert len({tuple(order[i : i + 3]) for i in range(0, 30, 3)}) > 1
+
+
+def test_collate_fills_with_zeros_and_keeps_sizes() -> None:
+    images, sizes, positions = collate([(torch.ones(1, 4, 6), 5), (torch.ones(1, 7, 3), 9)])
+    assert images.shape == (2, 1, 7, 6)
+    assert images.sum() == 4 * 6 + 7 * 3
+    assert sizes.tolist() == [[4, 6], [7, 3]]
+    assert positions.tolist() == [5, 9]
+
+
+def test_crop_larger_than_a_sample_is_named_or_padded(tmp_path: Path) -> None:
+    data = tmp_path / "mixed.h5"
+    with ShardWriter(data, ndim=2, preprocessing={}) as writer:
+        for name, size in (("large", (64, 64)), ("narrow", (64, 24))):
+            pixels = np.random.default_rng(0).integers(0, 255, (1, *size), np.uint8)
+            writer.add(Sample(pixels, 1.0, 0.0, 0.0, 255.0, (1.0, 1.0), name))
+    with pytest.raises(InputError, match=r"'narrow' .* is \(64, 24\)"):
+        start(data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert len(lines(start(data, tmp_path / "run", pad=True, iterations=2))) == 2
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_settings_are_refused_before_anything_is_written(shard: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    cases = {
+        "crop": ((40,), "divisible by 16"),
+        "window": ((4,), "odd"),
+        "groups": ((1, 1), "channels must be 2"),
+        "channels": ((8, 8, 8, 16, 12), "multiples of 8"),
+        "impl": ("fast", "impl must be one of"),
+        "device": ("tpu", "device must be"),
+        "strength": (2.5, r"strength must be in \[0, 2\)"),
+        "batch": (0, "batch must be at least 1"),
+        "preset": ("paper-3d", "must be a 3D shard for preset paper-3d"),
+        "data": (str(tmp_path / "none.h5"), "none.h5"),
+        "val": (str(tmp_path / "gone.h5"), "gone.h5"),
+        "init": (str(tmp_path / "no.safetensors"), "no.safetensors"),
+        "iterations": ("ten", "iterations must be an int"),
+    }
+    for name, (value, message) in cases.items():
+        with pytest.raises(InputError, match=message):
+            start(shard, run, **{name: value})
+        assert not run.exists(), name
+
+
+def test_cli_refusals(shard: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("itertions = 3\n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("precious")
+    data = ["--data", str(shard)]
+    refused(cli("pretrain"), "--data")
+    refused(cli("pretrain", *data, "--config", str(tmp_path / "bad.toml")), "itertions", "'iterations'")
+    refused(cli("pretrain", *data, "--run", str(tmp_path / "taken"), *FLAGS), "taken", "--resume")
+    refused(cli("pretrain", "--resume", "--run", str(tmp_path / "none")), "config.toml")
+    refused(cli("config", "tiny-4d"), "tiny-4d", "small-2d")
+    refused(cli("demo", "--out", str(tmp_path / "taken")), "taken")
+    assert (tmp_path / "taken" / "file").read_text() == "precious"
+
+
+def test_cli_runs_resumes_and_says_where_things_are(shard: Path, tmp_path: Path) -> None:
+    arguments = ["pretrain", "--data", str(shard), *FLAGS, "--iterations", "2"]
+    first = cli(*arguments, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "preset small-2d" in first.stdout  # the choice is printed
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.endswith("-small-2d")
+    second = cli("pretrain", "--resume", "--run", str(run), "--iterations", "4", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "backbone.safetensors" in second.stdout
+    assert [line["iteration"] for line in lines(library.Run(run))] == [1, 2, 3, 4]
+
+
+def test_config_prints_toml_that_config_reads(shard: Path, tmp_path: Path) -> None:
+    printed = cli("config", "small-2d").stdout
+    path = tmp_path / "run.toml"
+    path.write_text(printed.replace("iterations = 300 ", "iterations = 7 "))
+    ready = library.plan({**TINY, "data": str(shard), "run": str(tmp_path / "run")}, path)
+    assert ready.settings.iterations == 7
+    assert ready.settings.batch == 2  # flags win over the file
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a device of 200 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a small tmpfs: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk_at_start_and_at_a_checkpoint(shard: Path, full_disk: Path) -> None:
+    filler = full_disk / "filler"
+    run = full_disk / "run"
+    arguments = ["pretrain", "--data", str(shard), "--run", str(run), *FLAGS, "--iterations", "2"]
+    refused(cli(*arguments), "checkpoints", "no space left on the device")  # Adam's moments exceed 200 kB
+    assert not [p for p in run.rglob("*") if ".partial" in p.name]
+    subprocess.run(["rm", "-r", str(run)], check=True)
+    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=1k"], capture_output=True, check=False)
+    refused(cli(*arguments), "no space left on the device")
+    assert not run.exists()
