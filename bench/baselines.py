@@ -32,8 +32,9 @@ def mov_a(q: Tensor, k: Tensor, *, window: Sequence[int], groups: int = 1) -> Te
     scores = []
     for tap in taps:
         box = [slice(t, t + s) for t, s in zip(tap, size, strict=True)]
-        score = (q * padded[(..., *box)]).unflatten(1, (groups, d)).sum(2) * d**-0.5
-        scores.append(score + outside[(..., *box)])
+        here = (slice(None), slice(None), *box)
+        score = (q * padded[here]).unflatten(1, (groups, d)).sum(2) * d**-0.5
+        scores.append(score + outside[here])
     weights = torch.stack(scores, 2).softmax(2)
     return torch.einsum("bjt...,tn->bjn...", weights, _offsets(taps, window, weights)).mean(1)
 
