@@ -30,7 +30,7 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(int(s) for s in tensor.shape)
 
 
-# The tensor checks below raise inside an `if`, not through `require`: they run under torch.compile too, where
+# The checks below raise inside an `if`, not through `require`: they run under torch.compile too, where
 # building the message of a check that passes would pin every dynamic shape to a constant.
 
 
@@ -56,9 +56,7 @@ def check_dvf(name: str, value: Any) -> int:
 
     ndim = check_map(name, value)
     if value.shape[1] != ndim:
-        raise InputError(
-            f"{name} must have one channel per spatial axis, (B, {ndim}, *S), got shape {shape_of(value)}"
-        )
+        raise InputError(f"{name} must have one channel per spatial axis, (B, {ndim}, *S), got shape {shape_of(value)}")
     if value.dtype not in (torch.float32, torch.float64):
         raise InputError(
             f"{name} must be float32 or float64 (a half-precision field is off by up to half a pixel), "
@@ -105,17 +103,20 @@ def per_axis(name: str, value: int | Sequence[int], ndim: int, *, least: int = 1
     values: Any = (value,) * ndim if isinstance(value, int) else value
     ok = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == ndim
     ok = ok and all(isinstance(v, int) and not isinstance(v, bool) and v >= least for v in values)
-    require(ok, f"{name} must be an int of at least {least}, or {ndim} of them (one per axis), got {value!r}")
+    if not ok:
+        raise InputError(f"{name} must be an int of at least {least}, or {ndim} of them (one per axis), got {value!r}")
     return tuple(values)
 
 
 def check_window(window: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """An odd window per axis, as a tuple of `ndim` ints."""
     sizes = per_axis("window", window, ndim)
-    require(all(w % 2 == 1 for w in sizes), f"window must be odd on every axis, got {window!r}")
+    if any(w % 2 == 0 for w in sizes):
+        raise InputError(f"window must be odd on every axis, got {window!r}")
     return sizes
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Check that a string is one of `choices`."""
-    require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

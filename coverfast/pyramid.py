@@ -150,10 +150,12 @@ class VectorPyramid(nn.Module):
 
 def level_windows(window: Window, ndim: int, levels: int) -> list[tuple[int, ...]]:
     """One window of `ndim` odd ints for each level, from an int, one per axis, or one per level."""
-    if isinstance(window, int) or (len(window) == ndim and all(isinstance(w, int) for w in window)):
+    if isinstance(window, int) or (
+        isinstance(window, Sequence) and len(window) == ndim and all(isinstance(w, int) for w in window)
+    ):
         return [check_window(window, ndim)] * levels  # type: ignore[arg-type]
     require(
-        len(window) == levels,
+        isinstance(window, Sequence) and len(window) == levels,
         f"window must be an odd int, {ndim} of them (one per axis) or {levels} (one per level), got {window!r}",
     )
     return [check_window(w, ndim) for w in window]

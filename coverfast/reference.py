@@ -61,7 +61,7 @@ def warp(x: Tensor, dvf: Tensor, mode: str, padding: str) -> Tensor:
             flat = flat * s + i.clamp(0, s - 1)
         rows = flat.flatten(1).unsqueeze(1).expand(-1, x.shape[1], -1)
         values = x.flatten(2).gather(2, rows).unflatten(2, flat.shape[1:])
-        return torch.where(inside.unsqueeze(1), values, 0)
+        return values.masked_fill(~inside.unsqueeze(1), 0)
 
     if mode == "nearest":
         return look_up([c.round().long() for c in coordinates])
@@ -113,6 +113,8 @@ def consistency_loss(
     """1 - mean cosine between the features of view b and those of view a brought over by the true field."""
     dtype = torch.float64 if feat_b.dtype == torch.float64 else torch.float32
     a, b = warp(feat_a, dvf, "linear", "zeros").to(dtype), feat_b.to(dtype)
+    if mask is not None:  # features may be anything where they do not count
+        a, b = (f.masked_fill(~mask, 0) for f in (a, b))
     dot = einsum(a, b, "b c ..., b c ... -> b ...").unsqueeze(1)
     norms = [torch.linalg.vector_norm(f, dim=1, keepdim=True).clamp(min=1e-6) for f in (a, b)]
     return 1 - masked_mean(dot / (norms[0] * norms[1]), mask, denominator)

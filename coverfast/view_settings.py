@@ -50,7 +50,7 @@ class ViewSettings:
             f"strength * scale must be below 1, where a scale would reach 0, got {self.strength} * {self.scale}",
         )
         require(0 <= self.probability <= 1, f"probability must be in [0, 1], got {self.probability}")
-        for name in ("rotation", "shear", "scale", "translation", "elastic", "noise", "blur", "brightness"):
+        for name in ("rotation", "shear", "scale", "translation", "elastic", "noise", "blur", "contrast", "brightness"):
             value = getattr(self, name)
             require(value >= 0, f"{name} must not be negative, got {value}")
         require(self.elastic_spacing >= 1, f"elastic_spacing must be at least 1 px, got {self.elastic_spacing}")

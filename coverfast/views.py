@@ -123,8 +123,22 @@ def make_views(
     Returns:
         `Views`; the same whatever the split of the batch, and on every device to rounding.
     """
-    settings = settings or ViewSettings()
     n = check_map("images", images)
+    with torch.autocast(images.device.type, enabled=False):
+        return _make_views(images, n, crop, seed, iteration, samples, sizes, settings or ViewSettings(), pad)
+
+
+def _make_views(
+    images: Tensor,
+    n: int,
+    crop: Size,
+    seed: int,
+    iteration: int,
+    samples: Tensor | None,
+    sizes: Tensor | None,
+    settings: ViewSettings,
+    pad: bool,
+) -> Views:
     crop = per_axis("crop", crop, n)
     batch = images.shape[0]
     samples = torch.arange(batch) if samples is None else samples
@@ -205,16 +219,14 @@ def _elastic(
             basis = torch.where(t < 1, 2 / 3 - t**2 + t**3 / 2, (2 - t).clamp(min=0) ** 3 / 6)
             field = (field.movedim(axis + 1, -1) @ basis.T).movedim(-1, axis + 1)
         fields.append(field)
-    return torch.stack(fields)
+    return torch.stack(fields) if fields else torch.zeros(0, len(crop), *crop)
 
 
 # apply? and amount of noise, blur, contrast; apply? and two and a normal's pair for brightness; apply? for boxes
 _APPEARANCE_DRAWS = 2 + 2 + 2 + 4 + 1
 
 
-def _appearance(
-    x: Tensor, seed: int, iteration: int, samples: Tensor, draws: _Draws, settings: ViewSettings
-) -> Tensor:
+def _appearance(x: Tensor, seed: int, iteration: int, samples: Tensor, draws: _Draws, settings: ViewSettings) -> Tensor:
     """Noise, blur, contrast, brightness and in-painting, each with its probability (COVER Sec. B.1)."""
     n, elements = x.ndim - 2, x[0].numel() if len(x) else 0
     on_device = samples.to(x.device)
@@ -231,9 +243,10 @@ def _appearance(
     sigma = chance() * draws.take(1)[:, 0] * settings.blur
     if settings.blur >= _NO_BLUR:
         x = _blur(x, sigma, settings.blur)
-    gamma = chance() * (2 * draws.take(1)[:, 0] - 1) * settings.contrast + 1
-    mean = x.mean(tuple(range(2, 2 + n)), keepdim=True)
-    x = (x - mean) * per_sample(gamma) + mean
+    change = chance() * (2 * draws.take(1)[:, 0] - 1) * settings.contrast  # gamma - 1
+    # Image by image: torch sums a batch in another order than a single image, and the split must not show.
+    means = [image.mean(tuple(range(1, 1 + n)), keepdim=True) for image in x]
+    x = x + per_sample(change) * (x - (torch.stack(means) if means else x))
     apply, u = chance(), draws.take(3)
     standard = (-2 * (1 - u[:, 1]).log()).sqrt() * (2 * pi * u[:, 2]).cos()
     x = x + per_sample(apply * u[:, 0] * settings.brightness * standard)

@@ -41,9 +41,7 @@ def metrics(n):
 
 
 def write_lines(path: Path, n: int, tail: str = "") -> Path:
-    lines = [
-        json.dumps({k: i + j / 10 for j, k in enumerate(METRICS)} | {"lr": 1e-4, "note": "x"}) for i in range(n)
-    ]
+    lines = [json.dumps({k: i + j / 10 for j, k in enumerate(METRICS)} | {"lr": 1e-4, "note": "x"}) for i in range(n)]
     path.write_text("".join(line + "\n" for line in lines) + tail)
     return path
 
@@ -279,7 +277,7 @@ def test_failed_write_leaves_the_old_picture_and_no_temporary(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(InputError, match="cannot be written: No space left"):
+    with pytest.raises(InputError, match="cannot be written: no space left"):
         write_report(target, pictures(32, 32), metrics(2))
     assert target.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["picture.png"]

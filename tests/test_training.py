@@ -163,9 +163,7 @@ class _Bomb:
         return (os.system, ("touch exploded",))
 
 
-def test_pickle_bomb_as_checkpoint_does_not_run(
-    shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pickle_bomb_as_checkpoint_does_not_run(shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start(shard, tmp_path / "run", iterations=1)
     torch.save({"format": _Bomb()}, run.checkpoints()[-1])
     monkeypatch.chdir(tmp_path)

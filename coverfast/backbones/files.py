@@ -43,9 +43,12 @@ def load_backbone(path: str | Path) -> UNet:
             of the network its metadata describes.
     """
     state, metadata = read_backbone(path)
-    build = json.loads(metadata["backbone"])
-    require(build.pop("kind", None) == "unet", f"{path} holds a backbone of an unknown kind")
-    backbone = UNet(**build)
+    try:
+        build = json.loads(metadata["backbone"])
+        require(build.pop("kind") == "unet", "its kind is unknown")
+        backbone = UNet(**build)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise InputError(f"{path} must describe its network, but its metadata do not: {error}") from None
     load_state(backbone, state, str(path))
     return backbone.eval()
 

@@ -64,9 +64,7 @@ class UNet(nn.Module):
         self.feature_channels = channels[self.levels - 1 :]
         self.strides = tuple(2**i for i in reversed(range(self.levels)))
         self.stem = DoubleConv(ndim, in_channels, encoder[0])
-        self.down = nn.ModuleList(
-            DoubleConv(ndim, a, b) for a, b in pairwise(encoder)
-        )
+        self.down = nn.ModuleList(DoubleConv(ndim, a, b) for a, b in pairwise(encoder))
         self.up = nn.ModuleList(
             DoubleConv(ndim, below + skip, out)
             for below, skip, out in zip(self.feature_channels, reversed(encoder[:-1]), decoder, strict=False)

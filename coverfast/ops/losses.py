@@ -91,6 +91,8 @@ def consistency_loss(
         return reference.consistency_loss(feat_a, feat_b, dense, where, denominator)
     dtype = torch.float64 if feat_a.dtype == torch.float64 else torch.float32
     a, b = warp(feat_a, dense, impl=chosen).to(dtype), feat_b.to(dtype)
+    if where is not None:  # features may be anything where they do not count, also in the gradient
+        a, b = a.masked_fill(~where, 0), b.masked_fill(~where, 0)
     norm_a, norm_b = (torch.linalg.vector_norm(f, dim=1, keepdim=True).clamp(min=1e-6) for f in (a, b))
     cosine = (a * b).sum(1, keepdim=True) / (norm_a * norm_b)
     return 1 - _masked_mean(cosine, where, denominator)
@@ -111,6 +113,9 @@ def _check_mask(mask: Mask, dvf: Tensor) -> Tensor | None:
         if mask != "inside":
             raise InputError(f"mask must be a bool tensor, 'inside' or None, got {mask!r}")
         return inside_mask(dvf)
+    if not isinstance(mask, Tensor):
+        raise InputError(f"mask must be a bool tensor, 'inside' or None, got {type(mask).__name__}")
+    check_same("mask", mask, "the field", dvf, "device")
     expected = (dvf.shape[0], 1, *dvf.shape[2:])
     if mask.dtype != torch.bool or mask.shape != expected:
         raise InputError(f"mask must be bool {tuple(expected)}, got {mask.dtype} {shape_of(mask)}")

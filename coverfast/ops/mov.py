@@ -49,12 +49,13 @@ def mov(
     check_map("k", k)
     check_same("k", k, "q", q, "shape", "dtype", "device")
     sizes = check_window(window, ndim)
-    if groups < 1 or q.shape[1] % groups:
-        raise InputError(f"groups must divide the {int(q.shape[1])} channels of q, got {groups}")
+    if not isinstance(groups, int) or groups < 1 or q.shape[1] % groups:
+        raise InputError(f"groups must divide the {int(q.shape[1])} channels of q, got {groups!r}")
     scale = (q.shape[1] // groups) ** -0.5 if scale is None else float(scale)
     chosen = choose("mov", impl, q)
     if chosen == "reference":
-        return reference.mov(q, k, sizes, groups, scale)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.mov(q, k, sizes, groups, scale)
     return torch.ops.coverfast.mov_forward(q, k, sizes, groups, scale, chosen)[0]
 
 
@@ -71,7 +72,8 @@ def mov(
 def _forward(
     q: Tensor, k: Tensor, window: Sequence[int], groups: int, scale: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _torch_forward(q, k, window, groups, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return _torch_forward(q, k, window, groups, scale)
 
 
 @_forward.register_fake
@@ -99,7 +101,8 @@ def _backward(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return _torch_backward(grad, q, k, out, lse, vectors, window, groups, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return _torch_backward(grad, q, k, out, lse, vectors, window, groups, scale)
 
 
 @_backward.register_fake

@@ -186,13 +186,13 @@ def _torch_forward(x: Tensor, dvf: Tensor, mode: str, padding: str) -> Tensor:
     source, shape = x.flatten(2), (*x.shape[:2], *dvf.shape[2:])
     if mode == "nearest":
         flat, inside = _nearest_index(x, dvf, padding)
-        return source.gather(2, _rows(flat, x.shape[1])).mul_(inside.unsqueeze(1)).view(shape)
+        return source.gather(2, _rows(flat, x.shape[1])).masked_fill_(~inside.unsqueeze(1), 0).view(shape)
     dtype = _compute_dtype(x, dvf)
     low, part, _ = _cells(x, dvf, padding)
     out: Tensor | None = None
     for _, flat, weights, inside in _corners(low, part, x.shape[2:], skip_empty=True):
-        values = source.gather(2, _rows(flat, x.shape[1])).to(dtype)
-        weight = _product(weights).mul_(inside).unsqueeze(1).to(dtype)
+        values = source.gather(2, _rows(flat, x.shape[1])).masked_fill_(~inside.unsqueeze(1), 0).to(dtype)
+        weight = _product(weights).unsqueeze(1).to(dtype)
         out = values.mul_(weight) if out is None else out.addcmul_(values, weight)
     assert out is not None
     return out.to(x.dtype).view(shape)
@@ -210,7 +210,7 @@ def _torch_backward(
         flat, inside = _nearest_index(x, dvf, padding)
         if to_x:
             dx.scatter_add_(2, _rows(flat, channels), g * inside.unsqueeze(1))
-        return dx.to(x.dtype).view(x.shape if to_x else (0,)), d_dvf.to(dvf.dtype)
+        return dx.to(x.dtype).view(x.shape if to_x else (0,)), d_dvf.to(dvf.dtype).view(dvf.shape if to_dvf else (0,))
     low, part, sloped = _cells(x, dvf, padding)
     for bits, flat, weights, inside in _corners(low, part, x.shape[2:], skip_empty=False):
         if to_x:
@@ -219,7 +219,7 @@ def _torch_backward(
         if to_dvf:
             # d(out)/d(c_i) of this corner: its value times plus or minus the weights along the other axes.
             values = source.gather(2, _rows(flat, channels)).to(dtype)
-            pull = values.mul_(g).sum(1).mul_(inside)
+            pull = values.mul_(g).sum(1).masked_fill_(~inside, 0)
             for axis, (bit, slope) in enumerate(zip(bits, sloped, strict=True)):
                 others = [w for i, w in enumerate(weights) if i != axis]
                 term = _product(others).to(dtype) * pull * slope

@@ -202,9 +202,7 @@ def _device(name: str) -> torch.device:
     require(device.type in ("cpu", "cuda"), f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        require(
-            (device.index or 0) < count, f"device must be one of the {count} CUDA devices found here, got {name!r}"
-        )
+        require((device.index or 0) < count, f"device must be one of the {count} CUDA devices found here, got {name!r}")
     return device
 
 
