@@ -235,3 +235,11 @@ def test_refusals(monkeypatch):
     ):
         with refused("impl='triton'", "losses"):
             loss()
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_a_prediction_that_is_not_a_number_shows(impl):
+    pred = randn(1, 2, 4, 4)
+    pred[0, 0, 1, 1] = float("nan")
+    for loss in (vector_loss, end_point_error):
+        assert loss(pred, torch.zeros_like(pred), impl=impl).isnan()
