@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from coverfast.bench.baselines import mov_a, mov_b
-from coverfast.bench.measure import high_water_mark, interleaved, peak_growth
 from torch import Tensor
 
+from coverfast.bench.baselines import mov_a, mov_b
+from coverfast.bench.measure import high_water_mark, interleaved, peak_growth
 from coverfast.ops.mov import mov
 
 Row = tuple[str, float, float, float, float, float]

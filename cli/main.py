@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 import typer
-from coverfast.cli import bench, pretrain, shards
 
 from coverfast.checks import InputError
+from coverfast.cli import bench, pretrain, shards
 
 app = typer.Typer(
     name="coverfast",

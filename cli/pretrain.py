@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from coverfast.cli.options import with_settings
-from coverfast.cli.progress import training_progress
 
 from coverfast.checks import require
+from coverfast.cli.options import with_settings
+from coverfast.cli.progress import training_progress
 from coverfast.training.settings import PRESETS, Settings, preset_settings, to_toml
 
 if TYPE_CHECKING:
