@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 Record = dict[str, float]
 
@@ -19,14 +20,27 @@ _SMOOTH = 0.9
 def _text(record: Record) -> str:
     parts = [f"loss {record['loss']:.3f}", f"L_vec {record['loss_vec']:.3f}", f"L_con {record['loss_con']:.3f}"]
     parts += [f"epe {record['epe']:.2f} px", f"ratio {record['epe_ratio']:.3f}"]
+    if "val_epe" in record:
+        parts.append(f"held out {record['val_epe']:.2f} px")
     return "  ".join(parts)
+
+
+class _TwoLines(Progress):
+    """The bar, and below it the figures: both fit a terminal of 80 columns."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.figures, no_wrap=True, overflow="ellipsis")
 
 
 @contextmanager
 def training_progress(first: int, iterations: int) -> Iterator[Callable[[Record], None]]:
     """Give a function that shows a record: a bar on a terminal, a line now and then elsewhere.
 
-    Shows loss, its parts, end-point error and ratio (running means), iterations a second and the time left.
+    Shows loss, its parts, end-point error and ratio (running means), the last held-out error, iterations a second and
+    the time left.
     """
     console = Console()
     mean: Record = {}
@@ -34,7 +48,9 @@ def training_progress(first: int, iterations: int) -> Iterator[Callable[[Record]
 
     def smooth(record: Record) -> Record:
         for name, value in record.items():
-            mean[name] = value if name not in mean else _SMOOTH * mean[name] + (1 - _SMOOTH) * value
+            # Held-out figures come seldom and on the same views: the last is shown as it is.
+            old = value if name.startswith("val_") else mean.get(name, value)
+            mean[name] = _SMOOTH * old + (1 - _SMOOTH) * value
         return mean
 
     def rate(done: int) -> float:
@@ -55,15 +71,15 @@ def training_progress(first: int, iterations: int) -> Iterator[Callable[[Record]
     columns = [
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("{task.description}"),
         TextColumn("{task.fields[rate]:.2f} it/s"),
         TimeRemainingColumn(elapsed_when_finished=True),
     ]
-    with Progress(*columns, console=console, expand=True) as bar:
-        task = bar.add_task("starting", total=iterations, completed=first - 1, rate=0.0)
+    with _TwoLines(*columns, console=console, expand=True) as bar:
+        task = bar.add_task("", total=iterations, completed=first - 1, rate=0.0)
 
         def draw(record: Record) -> None:
             done = int(record["iteration"])
-            bar.update(task, completed=done, description=_text(smooth(record)), rate=rate(done))
+            bar.figures = _text(smooth(record))
+            bar.update(task, completed=done, rate=rate(done))
 
         yield draw

@@ -36,7 +36,7 @@ def build(
         report = build_shard(list(sources), out, size=size, skip_bad=skip_bad, overwrite=overwrite, progress=advance)
     for reason in report.skipped:
         print(f"skipped: {reason}", file=sys.stderr)
-    notes = [f"{report.samples} samples", _bytes(report.size_bytes)]
+    notes = [_samples(report.samples), _bytes(report.size_bytes)]
     notes += [f"{len(report.skipped)} unreadable files skipped"] if report.skipped else []
     notes += [f"{report.ignored} other files ignored"] if report.ignored else []
     print(f"{report.path}: {', '.join(notes)}")
@@ -106,7 +106,7 @@ def verify(shard: Annotated[Path, typer.Argument(help="The shard to check.")]) -
     if problems:
         raise typer.Exit(2)
     with Shard(shard) as opened:
-        print(f"sound: {len(opened)} samples")
+        print(f"sound: {_samples(len(opened))}")
 
 
 @contextmanager
@@ -133,6 +133,10 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 def _span(ends: Iterator[str]) -> str:
     low, high = ends
     return low if low == high else f"{low} to {high}"
+
+
+def _samples(count: int) -> str:
+    return f"{count} sample" + "s" * (count != 1)
 
 
 def _bytes(count: int) -> str:
