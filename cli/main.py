@@ -44,7 +44,12 @@ def main() -> None:
         app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except BrokenPipeError:  # the reader of our output has gone: `coverfast config small-2d | head`
         sys.stderr.close()
-        sys.exit(141)
+        code = 141
+    else:
+        code = 0
+    # Out here the error and the frames it holds are gone. Left to the interpreter's end, the autograd graph among
+    # them crashed it (torch 2.11, Python 3.12).
+    sys.exit(code)

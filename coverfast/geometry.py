@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from coverfast.checks import InputError, check_dvf, per_axis, shape_of
@@ -56,17 +55,14 @@ def affine_dvf(
     start = _per_sample("origin", origin, theta, least=None)
     # (A - I)(p - c) + t: nothing to cancel, so the identity is exactly zero.
     shift = theta[:, :, :n] - torch.eye(n, dtype=theta.dtype, device=theta.device)
-    arms = [
-        p + rearrange(start[:, i] - centre[:, i], "b -> b" + " 1" * n)
-        for i, p in enumerate(axis_coordinates(size, theta))
-    ]
+    arms = [p + (start[:, i] - centre[:, i]).reshape(-1, *[1] * n) for i, p in enumerate(axis_coordinates(size, theta))]
     channels = []
     for i in range(n):
-        terms = [rearrange(shift[:, i, j], "b -> b" + " 1" * n) * arms[j] for j in range(n)]
+        terms = [shift[:, i, j].reshape(-1, *[1] * n) * arms[j] for j in range(n)]
         total = terms[0]
         for term in terms[1:]:
             total = total + term
-        channels.append(total + rearrange(theta[:, i, n], "b -> b" + " 1" * n))
+        channels.append(total + theta[:, i, n].reshape(-1, *[1] * n))
     return torch.stack(channels, dim=1)
 
 
@@ -78,7 +74,7 @@ def _check_theta(theta: Tensor) -> int:
         raise InputError(f"theta must be (B, n, n + 1) with n = 2 or 3, got {shape_of(theta)}")
     if theta.dtype not in (torch.float32, torch.float64):
         raise InputError(f"theta must be float32 or float64, got {theta.dtype}")
-    return int(theta.shape[1])
+    return 2 if theta.shape[1] == 2 else 3  # a constant to torch.compile, whatever it makes of shapes
 
 
 def _per_sample(name: str, value: Size | Tensor, theta: Tensor, least: int | None = 1) -> Tensor:

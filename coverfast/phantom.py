@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,11 +103,11 @@ def _capsule(p: Sequence[F32], start: Point, end: Point, r0: float, r1: float) -
 
 
 def _union(*parts: F32) -> F32:
-    return np.asarray(np.minimum.reduce(parts))
+    return reduce(np.minimum, parts)
 
 
 def _both(*parts: F32) -> F32:
-    return np.asarray(np.maximum.reduce(parts))
+    return reduce(np.maximum, parts)
 
 
 def _turn(p: Sequence[F32], first: int, second: int, angle: float) -> list[F32]:
