@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,11 +102,11 @@ def _capsule(p: Sequence[F32], start: Point, end: Point, r0: float, r1: float) -
 
 
 def _union(*parts: F32) -> F32:
-    return reduce(np.minimum, parts)
+    return functools.reduce(np.minimum, parts)
 
 
 def _both(*parts: F32) -> F32:
-    return reduce(np.maximum, parts)
+    return functools.reduce(np.maximum, parts)
 
 
 def _turn(p: Sequence[F32], first: int, second: int, angle: float) -> list[F32]:
