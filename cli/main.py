@@ -44,12 +44,7 @@ def main() -> None:
         app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone: `coverfast config small-2d | head`
         sys.stderr.close()
-        code = 141
-    else:
-        code = 0
-    # Out here the error and the frames it holds are gone. Left to the interpreter's end, the autograd graph among
-    # them crashed it (torch 2.11, Python 3.12).
-    sys.exit(code)
+        sys.exit(141)

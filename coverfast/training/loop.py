@@ -58,9 +58,6 @@ def train(
                 f"see the last checkpoint in {run.folder / 'checkpoints'}"
             )
         optimizer.step()
-        # What is left of the graph must not outlive the step in the frames of an exception: collected at the
-        # interpreter's end, it crashed torch 2.11.
-        del losses
         last = batch.iteration == schedule.iterations
         if validation and (last or batch.iteration % schedule.val_every == 0):
             record |= {f"val_{name}": value for name, value in evaluate(method, validation()).items()}

@@ -114,8 +114,9 @@ class Run:
         torch.save({"format": _CHECKPOINT, "version": 1, "iteration": iteration, **state}, memory)
         with explained(path):
             path.parent.mkdir(exist_ok=True)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(memory.getbuffer())
+        # A view left open in the frames of an exception crashes Python 3.12.1 at its end.
+        with memory.getbuffer() as view, atomic_path(path) as temporary:
+            temporary.write_bytes(view)
         for old in self.checkpoints()[:-keep]:
             old.unlink(missing_ok=True)
         return path
