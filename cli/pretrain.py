@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +29,8 @@ def pretrain(
     """Pretrain a backbone on a shard by vector contrastive learning.
 
     Settings come from a preset, then from --config, then from flags. The run folder holds the resolved configuration,
-    metrics, checkpoints, backbone.safetensors and, with matplotlib, a picture.
+    metrics, checkpoints, backbone.safetensors and, with matplotlib, a picture. `coverfast config PRESET` shows what a
+    preset sets.
     """
     from coverfast.training import pretrain as library
 
@@ -49,8 +53,13 @@ def run_pretraining(ready: Pretraining) -> None:
         f"{len(ready.shard)} sample(s) of {ready.shard.path}, on {ready.device}"
     )
     started = time.monotonic()
-    with training_progress(ready.first, s.iterations) as show:
-        run = ready.start(on_step=show)
+    try:
+        with training_progress(ready.first, s.iterations) as show:
+            run = ready.start(on_step=show)
+    except KeyboardInterrupt:
+        if ready.run:
+            print(f"stopped; continue with: coverfast pretrain --resume --run {shlex.quote(str(ready.run.folder))}")
+        sys.exit(130)
     for note in ready.notes[told:]:
         print(note)
     print(f"done in {time.monotonic() - started:.0f} s: {run.folder}")
@@ -70,28 +79,24 @@ def config(preset: Annotated[str, typer.Argument(help=", ".join(PRESETS))]) -> N
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="folder for the shard and the run; must be new or empty")] = Path("demo"),
+    out: Annotated[Path | None, typer.Option(help="new folder; default runs/<date>-<time>-demo")] = None,
     images: Annotated[int, typer.Option(min=2, help="synthetic images to make")] = 64,
     iterations: Annotated[int, typer.Option(min=1, help="iterations to train")] = 300,
     seed: Annotated[int, typer.Option(min=0, help="key of images, weights and views")] = 0,
 ) -> None:
     """Build a shard of synthetic anatomy, pretrain small-2d on it and show where everything lies."""
-    from coverfast.phantom import phantom
-    from coverfast.shards import Sample, ShardWriter
+    from coverfast.ingest.phantoms import build_phantoms
     from coverfast.training import pretrain as library
 
+    out = out or Path(f"runs/{datetime.now():%Y%m%d-%H%M%S}-demo")
     require(
         not out.exists() or (out.is_dir() and not any(out.iterdir())),
         f"out must be a new or empty folder, but {out} exists; choose another with --out",
     )
     size, held_out = 192, max(1, images // 8)
-    shards = {"train": range(images), "val": range(images, images + held_out)}
-    for name, indices in shards.items():
+    for name, indices in {"train": range(images), "val": range(images, images + held_out)}.items():
         path = out / f"phantom-{name}.h5"
-        with ShardWriter(path, ndim=2, preprocessing={"preset": "phantom", "seed": seed}) as writer:
-            for index in indices:
-                pixels = (phantom(2, size, seed=seed, index=index).image[None] * 255).round().astype("uint8")
-                writer.add(Sample(pixels, 1.0, 0.0, 0.0, 255.0, (1.0, 1.0), f"phantom-{seed}-{index}"))
+        build_phantoms(path, 2, size, seed=seed, indices=indices)
         print(f"{path}: {len(indices)} synthetic images of {size} x {size}")
     ready = library.plan(
         {

@@ -1,7 +1,8 @@
-"""Progress of a training run on the terminal."""
+"""Progress of a training run on the terminal, with rich, which typer brings."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,14 +13,14 @@ from rich.text import Text
 
 Record = dict[str, float]
 
-#: Lines written over a run where there is no terminal to draw a bar on.
-_LINES = 20
+#: Seconds between lines where there is no terminal to draw a bar on.
+_SECONDS = 15.0
 _SMOOTH = 0.9
 
 
 def _text(record: Record) -> str:
     parts = [f"loss {record['loss']:.3f}", f"L_vec {record['loss_vec']:.3f}", f"L_con {record['loss_con']:.3f}"]
-    parts += [f"epe {record['epe']:.2f} px", f"ratio {record['epe_ratio']:.3f}"]
+    parts += [f"epe {record['epe']:.2f} px", f"ratio {record.get('epe_ratio', math.nan):.3f}"]
     if "val_epe" in record:
         parts.append(f"held out {record['val_epe']:.2f} px")
     return "  ".join(parts)
@@ -48,6 +49,8 @@ def training_progress(first: int, iterations: int) -> Iterator[Callable[[Record]
 
     def smooth(record: Record) -> Record:
         for name, value in record.items():
+            if math.isnan(value):  # no pixel in both views: no ratio
+                continue
             # Held-out figures come seldom and on the same views: the last is shown as it is.
             old = value if name.startswith("val_") else mean.get(name, value)
             mean[name] = _SMOOTH * old + (1 - _SMOOTH) * value
@@ -57,11 +60,13 @@ def training_progress(first: int, iterations: int) -> Iterator[Callable[[Record]
         return (done - first + 1) / max(time.monotonic() - started, 1e-9)
 
     if not console.is_terminal:
-        every = max(1, (iterations - first + 1) // _LINES)
+        printed = -math.inf
 
         def print_line(record: Record) -> None:
-            done, shown = int(record["iteration"]), smooth(record)
-            if done % every == 0 or done == iterations:
+            nonlocal printed
+            done, shown, now = int(record["iteration"]), smooth(record), time.monotonic()
+            if now - printed >= _SECONDS or done == iterations:
+                printed = now
                 left = (iterations - done) / rate(done)
                 print(f"{done}/{iterations}  {_text(shown)}  {rate(done):.2f} it/s  {left:.0f} s left", flush=True)
 

@@ -26,7 +26,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         with explained(path):
             yield temporary
-            with temporary.open("rb") as file:
+            with temporary.open("r+b") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
             sync_folder(path.parent)
@@ -41,16 +41,14 @@ def write_atomically(path: str | Path, data: str | bytes) -> None:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write `path` into one sentence."""
+def explained(path: Path, done: str = "written") -> Iterator[None]:
+    """Turn the operating system's refusal of `path` into one sentence."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise full_disk(path) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
-            raise InputError(f"{path} cannot be written: {error.strerror}") from None
-        raise
+        raise InputError(f"{path} cannot be {done}: {error.strerror or error}") from None
 
 
 def full_disk(path: Path) -> InputError:

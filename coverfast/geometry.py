@@ -87,7 +87,7 @@ def _per_sample(name: str, value: Size | Tensor, theta: Tensor, least: int | Non
     return torch.tensor(values, dtype=theta.dtype, device=theta.device).expand(theta.shape[0], n)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AffineDVF:
     """An affine ground-truth field kept as its few numbers; accepted wherever a target field is.
 

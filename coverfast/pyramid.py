@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coverfast.checks import InputError, check_map, check_same, check_window, require, shape_of
+from coverfast.checks import InputError, check_choice, check_map, check_same, check_window, require, shape_of
 from coverfast.geometry import upsample_dvf
 from coverfast.ops.compose import compose
+from coverfast.ops.dispatch import IMPLEMENTATIONS
 from coverfast.ops.mov import mov
 from coverfast.ops.warp import warp
 
@@ -84,6 +85,7 @@ class VectorPyramid(nn.Module):
             len(groups) == len(channels) and all(g >= 1 for g in groups),
             f"groups must be {len(channels)} positive ints, one per level, got {groups}",
         )
+        check_choice("impl", impl, IMPLEMENTATIONS)
         require(head_dim >= 1, f"head_dim must be at least 1, got {head_dim}")
         self.ndim, self.channels, self.groups, self.head_dim, self.impl = ndim, channels, groups, head_dim, impl
         self.windows = level_windows(DEFAULT_WINDOW[ndim] if window is None else window, ndim, len(channels))
@@ -139,6 +141,7 @@ class VectorPyramid(nn.Module):
                     f"features_a[{level}] must be (B, {c}, *S) with {self.ndim} spatial axes, got {shape_of(a)}"
                 )
             check_same(f"features_b[{level}]", b, f"features_a[{level}]", a, "shape", "dtype", "device")
+            check_same(f"features_a[{level}]", a, "features_a[0]", features_a[0], "batch", "device")
             if coarser is not None and any(f != 2 * s for f, s in zip(a.shape[2:], coarser, strict=True)):
                 divisor = 2 ** (len(self.channels) - 1)
                 raise InputError(

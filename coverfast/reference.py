@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor
 
-from coverfast.geometry import positions, upsample_dvf
+from coverfast.geometry import positions
 
 
 def mov(q: Tensor, k: Tensor, window: Sequence[int], groups: int, scale: float) -> Tensor:
@@ -81,6 +81,34 @@ def warp(x: Tensor, dvf: Tensor, mode: str, padding: str) -> Tensor:
         out = term if out is None else out + term
     assert out is not None
     return out.to(x.dtype)
+
+
+def upsample_dvf(coarse: Tensor, size: Sequence[int]) -> Tensor:
+    """Twice the values, looked up at `(fine - 0.5) / 2`, clamped to the grid: linear in half-pixel geometry."""
+    out = 2 * coarse
+    for axis, s in enumerate(size, start=2):
+        at = ((torch.arange(s, dtype=coarse.dtype, device=coarse.device) - 0.5) / 2).clamp(0, s // 2 - 1)
+        cells = torch.arange(s // 2, dtype=coarse.dtype, device=coarse.device)
+        hat = (1 - (rearrange(at, "f -> f 1") - rearrange(cells, "c -> 1 c")).abs()).clamp(min=0)
+        out = einsum(out.movedim(axis, -1), hat, "... c, f c -> ... f").movedim(-1, axis)
+    return out
+
+
+def affine_dvf(theta: Tensor, size: Sequence[int], full_size: Sequence[int], origin: Sequence[int]) -> Tensor:
+    """`A(p - c) + t + c - p` at every pixel `p` of a crop, about the centre `c` of the whole image (COVER Eq. 26)."""
+    axes = [torch.arange(s, dtype=theta.dtype, device=theta.device) + o for s, o in zip(size, origin, strict=True)]
+    p = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+    c = (torch.tensor(full_size, dtype=theta.dtype, device=theta.device) - 1) / 2
+    moved = einsum(theta[:, :, :-1], p - c, "b i j, ... j -> b ... i")
+    moved = moved + theta[:, :, -1].reshape(-1, *[1] * len(size), len(size)) + c - p
+    return rearrange(moved, "b ... i -> b i ...")
+
+
+def inside_mask(dvf: Tensor) -> Tensor:
+    """Where `0 <= p_i + psi_i(p) <= S_i - 1` on every axis (COVER Eq. 27)."""
+    where = torch.stack(positions(dvf), 1)
+    last = torch.tensor(dvf.shape[2:], device=dvf.device).reshape(1, -1, *[1] * (dvf.ndim - 2)) - 1
+    return reduce((where >= 0) & (where <= last), "b i ... -> b 1 ...", "all")
 
 
 def compose(fine: Tensor, coarse: Tensor) -> Tensor:

@@ -108,7 +108,16 @@ class Shard:
         self.sizes: NDArray[np.int64] = file["sizes"][()].astype(np.int64)
         self.sizes.flags.writeable = False
         require(
-            self.sizes.shape == (count, self.ndim) and found == count,
+            self.ndim in (2, 3) and self.channels >= 1 and count >= 1,
+            f"{path} must hold at least 1 sample of 2 or 3 axes and 1 channel, got {count} of {self.ndim} axes and "
+            f"{self.channels} channels",
+        )
+        require(
+            isinstance(self.preprocessing, dict),
+            f"{path} must have a JSON object as preprocessing, got {self.preprocessing!r:.80}",
+        )
+        require(
+            self.sizes.shape == (count, self.ndim) and found == count and bool((self.sizes >= 1).all()),
             f"{path} must have {count} samples of {self.ndim} axes, got {found} and sizes {self.sizes.shape}",
         )
 

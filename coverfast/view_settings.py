@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import pi
+from math import isfinite, pi
 
 from coverfast.checks import require
 
@@ -44,10 +44,16 @@ class ViewSettings:
 
     def __post_init__(self) -> None:
         """Refuse ranges that make no map."""
+        for name, value in vars(self).items():
+            require(isfinite(value), f"{name} must be finite, got {value}")
         require(0 <= self.strength < 2, f"strength must be in [0, 2), got {self.strength}")
         require(
             self.strength * self.scale < 1,
             f"strength * scale must be below 1, where a scale would reach 0, got {self.strength} * {self.scale}",
+        )
+        require(
+            self.strength * self.shear < pi / 2,
+            f"strength * shear must be below pi/2, where the tangent turns, got {self.strength} * {self.shear}",
         )
         require(0 <= self.probability <= 1, f"probability must be in [0, 1], got {self.probability}")
         for name in ("rotation", "shear", "scale", "translation", "elastic", "noise", "blur", "contrast", "brightness"):

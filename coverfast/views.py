@@ -95,6 +95,24 @@ def affine_draws(n: int) -> int:
     return (1 if n == 2 else 3) + n * (n - 1) + 2 * n
 
 
+def expected_mask(sizes: Tensor, crop: Sequence[int], settings: ViewSettings) -> float:
+    """Mean share of view b that view a shows too, for images of `(N, n)` sizes: what a pretraining can learn from.
+
+    Estimated on a few points of each of N random views.
+    """
+    n = sizes.shape[1]
+    draws = _Draws(0, 0, torch.arange(len(sizes)), affine_draws(n) + n)
+    theta = sample_affine(draws.take(affine_draws(n)), sizes, settings)
+    room = sizes - torch.tensor(crop)
+    origin = (draws.take(n) * (room.abs() + 1)).floor() * room.sign()
+    axes = [torch.linspace(0, c - 1, 7, dtype=torch.float64) for c in crop]
+    points = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+    centre, start = ((sizes - 1) / 2)[..., None], origin[..., None]
+    seen = theta[:, :, :n] @ (points + start - centre) + theta[:, :, n:] + centre - start
+    inside = (seen >= 0) & (seen <= torch.tensor(crop)[:, None] - 1)
+    return float(inside.all(1).double().mean())
+
+
 def make_views(
     images: Tensor,
     crop: Size,
@@ -140,6 +158,8 @@ def _make_views(
     pad: bool,
 ) -> Views:
     crop = per_axis("crop", crop, n)
+    if not 0 <= seed < 2**64:
+        raise InputError(f"seed must be in [0, 2^64), got {seed}")
     batch = images.shape[0]
     samples = torch.arange(batch) if samples is None else samples
     sizes = torch.tensor(images.shape[2:]).expand(batch, n) if sizes is None else sizes

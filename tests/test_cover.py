@@ -7,7 +7,7 @@ from strategies import assert_near
 from coverfast import Cover, UNet, VectorPyramid, ViewSettings, consistency_loss, end_point_error, vector_loss
 from coverfast.methods import Batch
 
-NAMES = ["loss", "loss_vec", "loss_con", "epe", "epe_ratio"]
+NAMES = ["loss", "loss_vec", "loss_con", "epe", "epe_ratio", "mask"]
 
 
 def method(ndim, crop, **options):
@@ -40,7 +40,7 @@ def test_losses_are_those_of_the_parts(ndim, size, crop):
     con = consistency_loss(full[-1][:3], full[-1][3:], views.dvf, views.mask)
     epe = end_point_error(field, views.dvf, views.mask)
     still = end_point_error(torch.zeros_like(field), views.dvf, views.mask)
-    for name, value in zip(NAMES, (vec + con, vec, con, epe, epe / still), strict=True):
+    for name, value in zip(NAMES, (vec + con, vec, con, epe, epe / still, views.mask.float().mean()), strict=True):
         assert_near(out[name], value, atol=1e-4, rtol=1e-4)
     assert [name for name in NAMES if out[name].requires_grad] == NAMES[:3]
 
@@ -124,3 +124,24 @@ def test_any_backbone_of_feature_maps_will_do():
     cover = Cover(Pooled(), VectorPyramid(2, (6, 6, 6), (1, 1, 1), 4), crop=(20, 24))
     cover(batch(30, 34))["loss"].backward()
     assert cover.backbone.conv.weight.grad.any()
+
+
+def test_views_without_a_common_pixel_have_no_ratio():
+    cover = method(2, 16, settings=ViewSettings(translation=40.0))
+    out = cover(batch(20, 20))
+    assert out["mask"] == 0
+    assert out["epe_ratio"].isnan()
+    out["loss"].backward()
+    assert cover.evaluate([batch(20, 20)])["mask"] == 0
+
+
+def test_an_evaluation_does_not_depend_on_the_split():
+    cover, whole = method(2, 24), batch(40, 44, count=4)
+    parts = [
+        Batch(whole.images[i : i + n], whole.sizes[i : i + n], whole.samples[i : i + n], whole.seed, whole.iteration)
+        for i, n in ((0, 1), (1, 3))
+    ]
+    together, split = cover.evaluate([whole]), cover.evaluate(parts)
+    assert together.keys() == {"epe", "epe_ratio", "mask"}
+    for name, value in together.items():
+        assert split[name] == pytest.approx(value, rel=1e-4)

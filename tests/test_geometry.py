@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import assert_near, dvfs, leaves, randn, refused, sizes
 
-from coverfast import AffineDVF, affine_dvf, inside_mask, upsample_dvf
+from coverfast import AffineDVF, affine_dvf, inside_mask, reference, upsample_dvf
 from coverfast.geometry import level_size
 
 
@@ -176,3 +176,17 @@ def test_refusals():
         upsample_dvf(coarse.half(), (6, 8))
     with refused("dvf", "(1, 3, 3, 4)"):
         inside_mask(torch.zeros(1, 3, 3, 4))
+
+
+@given(st.integers(2, 3), st.integers(0, 2**31))
+def test_equals_the_definitions(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.randint(1, 7, (n,), generator=generator).tolist()
+    origin, extra = torch.randint(-3, 4, (2, n), generator=generator).tolist()
+    full = [s + abs(e) for s, e in zip(size, extra, strict=True)]
+    theta = torch.randn(2, n, n + 1, generator=generator, dtype=torch.float64)
+    field = reference.affine_dvf(theta, size, full, origin)
+    torch.testing.assert_close(affine_dvf(theta, size, full_size=full, origin=origin), field)
+    assert torch.equal(inside_mask(field), reference.inside_mask(field))
+    double = [2 * s for s in size]
+    torch.testing.assert_close(upsample_dvf(field, double), reference.upsample_dvf(field, double))

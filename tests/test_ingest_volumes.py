@@ -240,3 +240,9 @@ def test_bad_files_stop_the_build_or_are_skipped(tmp_path):
     with pytest.raises(InputError, match=r"in/3.npy must be 2D like in/0.npy, got 3D"):
         build_shard(tmp_path / "in", tmp_path / "t.h5", skip_bad=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "s.h5"]
+
+
+def test_a_colour_array_is_not_taken_for_a_volume(tmp_path: Path) -> None:
+    np.save(tmp_path / "colour.npy", np.zeros((40, 50, 3), np.uint8))
+    with pytest.raises(InputError, match=r"colour.npy .*\(40, 50, 3\) of uint8 looks like colour"):
+        read_source(find_sources([tmp_path / "colour.npy"])[0])

@@ -318,3 +318,10 @@ def test_refusals():
         mov(q, q, window=3, impl="triton")
     with refused("impl", "cuda"):
         mov(q, q, window=3, impl="cuda")
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1"])
+def test_a_scale_that_is_no_number_is_refused(scale):
+    q = torch.zeros(1, 2, 3, 3)
+    with refused("scale", repr(scale)):
+        mov(q, q, window=3, scale=scale)

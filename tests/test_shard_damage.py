@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -250,3 +251,18 @@ def test_no_flipped_bit_goes_unseen(tmp_path, count, shape, dtype, flips):
     assert len(outcomes) == len(bits)
     assert set(outcomes) <= {("same", "sound"), ("same", "named"), ("refused", "named")}
     assert outcomes.count(("refused", "named")) > flips // 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("count", 0, "at least 1 sample"), ("ndim", 5, "2 or 3 axes"), ("preprocessing", b"[1]", "JSON object")],
+)
+def test_a_foreign_writers_mistakes_are_refused(tmp_path: Path, name: str, value: object, message: str) -> None:
+    path = tmp_path / "foreign.h5"
+    with ShardWriter(path, ndim=2, preprocessing={}) as writer:
+        writer.add(Sample(np.zeros((1, 4, 4), np.uint8), 1.0, 0.0, 0.0, 255.0, (1.0, 1.0), "a"))
+    with h5py.File(path, "r+") as file:
+        file.attrs[name] = np.bytes_(value) if isinstance(value, bytes) else value
+    with pytest.raises(InputError, match=message):
+        Shard(path)
+    assert message in verify(path)[0]

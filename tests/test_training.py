@@ -139,15 +139,21 @@ def test_resume_refuses_what_may_not_change_and_names_it(shard: Path, tmp_path: 
     for name, value in {"lr": 0.5, "crop": (16,), "seed": 9, "window": (5,), "strength": 0.5, "pad": True}.items():
         with pytest.raises(InputError, match=rf"^{name} cannot change on resume"):
             library.resume({"run": run, name: value})
-    library.resume({"run": run, "lr": TINY["lr"], "checkpoint_every": 7, "workers": 1})
+    library.resume({"run": run, "lr": TINY["lr"], "checkpoint_every": 7, "workers": 1, "iterations": 2})
     other = make_shard(tmp_path / "other.h5", seed=5)
     with pytest.raises(InputError, match="data must be the shard of the run"):
         library.resume({"run": run, "data": str(other)})
     copy = tmp_path / "moved.h5"
     copy.write_bytes(shard.read_bytes())
     assert library.resume({"run": run, "data": str(copy), "iterations": 2}).first == 2
-    with pytest.raises(InputError, match="iterations must be at least 1"):
-        library.resume({"run": run, "iterations": 0})
+    with pytest.raises(InputError, match="iterations must be more than 1, where the run stands"):
+        library.resume({"run": run, "iterations": 1})
+    with pytest.raises(InputError, match=r"no file .*; give its new place with --data"):
+        library.resume({"run": run, "data": str(tmp_path / "gone.h5"), "iterations": 2})
+    config = Path(run, "config.toml")
+    config.write_text(config.read_text().replace("strength = 1.0", "strength = 0.1"))
+    with pytest.raises(InputError, match="strength was changed since"):
+        library.resume({"run": run, "iterations": 2})
 
 
 def test_damaged_checkpoint_is_refused(shard: Path, tmp_path: Path) -> None:
@@ -227,7 +233,7 @@ def test_validation_views_never_change_and_do_not_touch_training(shard: Path, tm
     plain = start(shard, tmp_path / "plain", iterations=2)
     seen = start(shard, tmp_path / "seen", iterations=2, val=str(shard), val_every=1)
     assert same(weights(plain), weights(seen))
-    frozen = start(shard, tmp_path / "frozen", iterations=2, val=str(shard), val_every=1, lr=0.0)
+    frozen = start(shard, tmp_path / "frozen", iterations=2, val=str(shard), val_every=1, lr=1e-30)
     first, second = lines(frozen)
     assert first["val_epe"] == second["val_epe"]
     assert first["epe"] != second["epe"]
@@ -301,7 +307,11 @@ def test_bad_settings_are_refused_before_anything_is_written(shard: Path, tmp_pa
         "window": ((4,), "odd"),
         "groups": ((1, 1), "channels must be 2"),
         "channels": ((8, 8, 8, 16, 12), "multiples of 8"),
-        "impl": ("fast", "impl must be one of"),
+        "impl": ("triton", "impl='triton' cannot run mov"),
+        "seed": (2**64, "seed must be at most"),
+        "clip": (0, "clip must be at least"),
+        "shear": (2.0, "below pi/2"),
+        "threads": (10**6, "threads must be at most"),
         "device": ("tpu", "device must be"),
         "strength": (2.5, r"strength must be in \[0, 2\)"),
         "batch": (0, "batch must be at least 1"),
@@ -315,6 +325,62 @@ def test_bad_settings_are_refused_before_anything_is_written(shard: Path, tmp_pa
         with pytest.raises(InputError, match=message):
             start(shard, run, **{name: value})
         assert not run.exists(), name
+
+
+def test_workers_refuse_in_one_sentence_too(shard: Path, tmp_path: Path) -> None:
+    import h5py
+
+    damaged = tmp_path / "damaged.h5"
+    data = bytearray(shard.read_bytes())
+    with h5py.File(shard) as file:
+        chunk = file["samples/00000001"].id.get_chunk_info(0)
+    data[chunk.byte_offset + chunk.size // 2] ^= 1
+    damaged.write_bytes(data)
+    result = cli("pretrain", "--data", str(damaged), "--run", str(tmp_path / "run"), *FLAGS, "--workers", "2")
+    refused(result, "damaged.h5", "sample 1", "subject-1")
+
+
+def test_a_crop_far_smaller_than_the_images_is_warned_of(tmp_path: Path) -> None:
+    data = make_shard(tmp_path / "large.h5", count=1, size=512)
+    flags = {**TINY, "data": str(data), "preset": "small-2d"}
+    assert any("of a view lies in the other" in n for n in library.plan(flags).notes)
+    assert not library.plan({**flags, "crop": (384,)}).notes
+
+
+def test_an_interrupted_run_says_how_to_go_on(shard: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "coverfast",
+        "pretrain",
+        "--data",
+        str(shard),
+        *FLAGS,
+        "--run",
+        "an interrupted run",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics = tmp_path / "an interrupted run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "coverfast pretrain --resume --run 'an interrupted run'" in out
+    assert "Traceback" not in err
+
+
+def test_any_printable_name_survives_the_configuration(shard: Path, tmp_path: Path) -> None:
+    name = 'r \U0001f600 "quoted" \\ é'
+    run = start(shard, tmp_path / name, iterations=1)
+    again = library.resume({"run": str(run.folder), "iterations": 2}).start()
+    assert len(lines(again)) == 2
+    with pytest.raises(InputError, match="run must be printable"):
+        start(shard, tmp_path / "a\nb", iterations=1)
 
 
 def test_cli_refusals(shard: Path, tmp_path: Path) -> None:

@@ -308,3 +308,21 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr("coverfast.ops.dispatch.KERNELS", frozenset())
     with refused("impl='triton'", "warp"):
         warp(x, dvf, impl="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_unsigned_labels_keep_their_values(dtype, impl):
+    largest = torch.iinfo(dtype).max
+    labels = torch.tensor([[0, 1], [largest - 1, largest]], dtype=dtype)[None, None]
+    dvf = torch.zeros(1, 2, 2, 2)
+    dvf[0, 1] = 1
+    out = warp(labels, dvf, mode="nearest", impl=impl)
+    assert out.dtype == dtype
+    assert out[0, 0].tolist() == [[1, 0], [largest, 0]]
+
+
+def test_numbers_without_a_meaning_here_are_refused():
+    for dtype in (torch.complex64, torch.float8_e4m3fn):
+        with refused("x", str(dtype)):
+            warp(torch.zeros(1, 1, 2, 2).to(dtype), torch.zeros(1, 2, 2, 2), mode="nearest")

@@ -82,11 +82,12 @@ class LoadReport:
     reshaped: list[str]
 
     def __str__(self) -> str:
-        """Counts of every outcome, names of all but the matched."""
+        """Counts of every outcome, and the first names of all but the matched."""
         parts = [f"{len(self.matched)} matched"]
         for outcome in ("missing", "unexpected", "reshaped"):
             names = getattr(self, outcome)
-            parts.append(f"{len(names)} {outcome}" + (f" ({', '.join(names)})" if names else ""))
+            shown = names[:3] + ([f"and {len(names) - 3} more"] if len(names) > 3 else [])
+            parts.append(f"{len(names)} {outcome}" + (f" ({', '.join(shown)})" if names else ""))
         return ", ".join(parts)
 
 

@@ -55,7 +55,9 @@ class UNet(nn.Module):
         require(in_channels >= 1, f"in_channels must be at least 1, got {in_channels}")
         channels = tuple(channels)
         require(
-            len(channels) >= 3 and len(channels) % 2 == 1 and all(c > 0 and c % 8 == 0 for c in channels),
+            len(channels) >= 3
+            and len(channels) % 2 == 1
+            and all(isinstance(c, int) and c > 0 and c % 8 == 0 for c in channels),
             f"channels must be an odd number of at least 3 positive multiples of 8, got {channels}",
         )
         self.ndim, self.in_channels, self.channels = ndim, in_channels, channels

@@ -50,7 +50,7 @@ def build_shard(
         progress=lambda done, total: tell("checking", done, total),
     )
     sources, ignored = scan(paths)
-    check_extras(sources)
+    check_extras(sources, size)
     skipped: list[str] = []
     with writer:
         for number, source in enumerate(sources):

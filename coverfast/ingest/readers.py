@@ -30,9 +30,9 @@ def _module(kind: str) -> ModuleType:
         raise InputError(f"reading {kind} needs the extra: pip install coverfast[io]") from error
 
 
-def check_extras(sources: Sequence[Source]) -> None:
-    """Raise `InputError` unless every kind among the sources can be read with what is installed."""
-    for kind in sorted({source.kind for source in sources}):
+def check_extras(sources: Sequence[Source], size: int | None = None) -> None:
+    """Raise `InputError` unless every kind among the sources can be read, and scaled, with what is installed."""
+    for kind in sorted({source.kind for source in sources} | ({"PNG"} if size else set())):
         _module(kind)
 
 
@@ -193,6 +193,10 @@ def _read_npy(source: Source) -> tuple[NDArray[Any], tuple[float, float] | None]
     require(isinstance(array, np.ndarray), "it is no npy array")
     require(array.dtype.kind in "biuf", f"it must hold real numbers, got {array.dtype}")
     require(array.ndim in (2, 3, 4), f"it must be (H, W), (D, H, W) or (C, D, H, W), got shape {array.shape}")
+    require(
+        array.ndim != 3 or array.dtype != np.uint8 or array.shape[2] not in (3, 4) or min(array.shape[:2]) <= 4,
+        f"a 3D array is a volume (D, H, W), and shape {array.shape} of uint8 looks like colour; save it as PNG",
+    )
     pixels = array if array.ndim == 4 else array[None]
     if pixels.dtype.kind == "b":
         return pixels.astype(np.uint8), (0.0, 1.0)
@@ -212,6 +216,9 @@ def _fit(pixels: NDArray[Any], size: int) -> NDArray[Any]:
 
     height, width = pixels.shape[1:]
     side = min(height, width)
+    if side == size:  # nothing to scale: float32 would cost large integers their last digits
+        left, top = (width - side) // 2, (height - side) // 2
+        return pixels[:, top : top + side, left : left + side]
     left, top = (width - side) / 2, (height - side) / 2
     planes = []
     for plane in pixels:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,13 @@ class Batch:
     iteration: int
 
 
-class Method(Protocol):
+class Method(nn.Module, ABC):
     """What the training loop asks of a method."""
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Named scalars; "loss" is minimised, the others are logged."""
-        ...
+    @abstractmethod
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Named scalars of a batch; "loss" is minimised, all are logged. One that has no value is NaN."""
+
+    @abstractmethod
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Named figures over all batches together, whatever their split."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from coverfast.checks import check_choice
 from coverfast.geometry import Size, upsample_dvf
-from coverfast.methods import Batch
+from coverfast.methods import Batch, Method
+from coverfast.ops.dispatch import IMPLEMENTATIONS
 from coverfast.ops.losses import consistency_loss, end_point_error, vector_loss
 from coverfast.ops.warp import warp
 from coverfast.pyramid import VectorPyramid
@@ -25,7 +28,7 @@ class Matched(NamedTuple):
     feat_b: Tensor
 
 
-class Cover(nn.Module):
+class Cover(Method):
     """Vector contrastive learning: recover the field between two views of each image (COVER Sec. 3).
 
     Args:
@@ -34,7 +37,7 @@ class Cover(nn.Module):
         crop: size of the views.
         settings: ranges of the view transforms.
         pad: see `make_views`.
-        impl: implementation of the losses, see `mov`.
+        impl: implementation of the losses, see `mov`; the pyramid has its own.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Cover(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
+        check_choice("impl", impl, IMPLEMENTATIONS)
         self.backbone, self.pyramid = backbone, pyramid
         self.crop, self.settings, self.pad, self.impl = crop, settings, pad, impl
 
@@ -71,20 +75,44 @@ class Cover(nn.Module):
         return Matched(views, levels, *pairs[-1])
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses and figures of merit of a batch: `loss`, `loss_vec`, `loss_con`, `epe`, `epe_ratio`."""
+        """Losses and figures of merit of a batch.
+
+        `loss`, `loss_vec`, `loss_con`; `epe` in pixels; `epe_ratio`, the end-point error over that of no displacement
+        (NaN when no pixel of view b is in view a); `mask`, the share of pixels that are.
+        """
         views, levels, feat_a, feat_b = self.match(batch)
         loss_vec = vector_loss(levels[-1], views.target, views.mask, impl=self.impl)
         loss_con = consistency_loss(feat_a, feat_b, views.target, views.mask, impl=self.impl)
         with torch.no_grad():
             epe = end_point_error(levels[-1], views.target, views.mask, impl=self.impl)
-            still = end_point_error(torch.zeros_like(levels[-1]), views.target, views.mask, impl=self.impl)
+            still = self._still(views)
+            mask = views.mask.float().mean()
         return {
             "loss": loss_vec + loss_con,
             "loss_vec": loss_vec,
             "loss_con": loss_con,
             "epe": epe,
-            "epe_ratio": epe / still.clamp(min=1e-6),
+            "epe_ratio": torch.where(mask > 0, epe / still.clamp(min=1e-6), torch.nan),
+            "mask": mask,
         }
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """`epe`, `epe_ratio` and `mask` as in `forward`, over the pixels of all batches together."""
+        epe = still = inside = pixels = 0.0
+        for batch in batches:
+            views, levels, _, _ = self.match(batch)
+            count = float(views.mask.sum())
+            epe += count * float(end_point_error(levels[-1], views.target, views.mask, impl=self.impl))
+            still += count * float(self._still(views))
+            inside, pixels = inside + count, pixels + views.mask.numel()
+        ratio = epe / max(still, 1e-6 * inside) if inside else float("nan")
+        return {"epe": epe / max(1.0, inside), "epe_ratio": ratio, "mask": inside / max(1.0, pixels)}
+
+    def _still(self, views: Views) -> Tensor:
+        """The end-point error of predicting no displacement."""
+        dvf = views.dvf
+        return end_point_error(torch.zeros_like(dvf), dvf, views.mask, impl=self.impl)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor | list[Tensor]]:

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 
-_OPS = ("mov", "warp", "compose", "losses")
+OPS = ("mov", "warp", "compose", "losses")
 _HAS_TRITON = find_spec("triton") is not None
 #: Ops that have a Triton kernel which this installation can import. Found once, without importing Triton.
-KERNELS = frozenset(op for op in _OPS if _HAS_TRITON and find_spec(f"coverfast.kernels.{op}") is not None)
+KERNELS = frozenset(op for op in OPS if _HAS_TRITON and find_spec(f"coverfast.kernels.{op}") is not None)
 
 
 def choose(op: str, impl: str, tensor: Tensor) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
@@ -49,9 +49,13 @@ def mov(
     check_map("k", k)
     check_same("k", k, "q", q, "shape", "dtype", "device")
     sizes = check_window(window, ndim)
-    if not isinstance(groups, int) or groups < 1 or q.shape[1] % groups:
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1 or q.shape[1] % groups:
         raise InputError(f"groups must divide the {int(q.shape[1])} channels of q, got {groups!r}")
-    scale = (q.shape[1] // groups) ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        scale = (q.shape[1] // groups) ** -0.5
+    if not isinstance(scale, (int, float)) or not -inf < scale < inf:
+        raise InputError(f"scale must be a finite number, got {scale!r}")
+    scale = float(scale)
     chosen = choose("mov", impl, q)
     if chosen == "reference":
         with torch.autocast(q.device.type, enabled=False):
@@ -155,7 +159,7 @@ def _new_outputs(q: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 # in cache; the softmax is carried from run to run. A tap reads shifted views and touches just the pixels whose
 # neighbour at that offset is inside the grid; all other scores of the block stay minus infinity.
 
-_SCORES_PER_BLOCK = 2**23
+_SCORES_PER_BLOCK = 2**22
 
 
 def _blocks(batch: int, rows: int, row_scores: int) -> Iterator[tuple[slice, int, int]]:
@@ -287,7 +291,7 @@ def _torch_backward(
             scores = memory.fill(block, keys[items], run, size, first, last)
             weights = scores.sub_(lse[items, :, first:last]).exp_()
             pull = (template @ g_rows).view(len(run), g.shape[0], 1, *g.shape[2:])
-            slopes = weights.mul_(pull - level)
+            slopes = weights.mul_(pull.sub_(level) if groups == 1 else pull - level)
             for slope, offset in zip(slopes, run, strict=True):
                 if (boxes := _boxes(offset, size, first, last)) is None:
                     continue

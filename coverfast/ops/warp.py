@@ -16,6 +16,8 @@ from coverfast.ops.dispatch import choose
 MODES = ("linear", "nearest")
 PADDINGS = ("zeros", "border")
 
+_UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
 
 def warp(x: Tensor, dvf: Tensor, *, mode: str = "linear", padding: str = "zeros", impl: str = "auto") -> Tensor:
     """Sample `x` where a displacement field points, `y(p) = x(p + dvf(p))` (backward warping).
@@ -51,8 +53,13 @@ def resample(x: Tensor, dvf: Tensor, *, mode: str = "linear", padding: str = "ze
     """
     check_choice("mode", mode, MODES)
     check_choice("padding", padding, PADDINGS)
+    if x.dtype.is_complex or (x.dtype.is_floating_point and x.dtype.itemsize == 1):
+        raise InputError(f"x must be a float of 16 to 64 bits, an integer or bool, got {x.dtype}")
     if mode == "linear" and not x.dtype.is_floating_point:
         raise InputError(f"x must be floating for mode='linear', got {x.dtype}; use mode='nearest' for labels")
+    if x.dtype in _UNSIGNED:  # torch cannot gather these; labels do not mind how their bits are called
+        signed = resample(x.view(_UNSIGNED[x.dtype]), dvf, mode=mode, padding=padding, impl=impl)
+        return signed.view(x.dtype)
     chosen = choose("warp", impl, x)
     if chosen == "reference":
         return reference.warp(x, dvf, mode, padding)

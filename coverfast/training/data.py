@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from coverfast.checks import require
+from coverfast.checks import InputError, require
 from coverfast.methods import Batch
 from coverfast.philox import permutation
 from coverfast.shards import Shard
 
-Item = tuple[Tensor, int]
+#: An image and its position in the stream, or why it could not be read: a worker process would wrap an exception in
+#: a traceback of its own.
+Item = tuple[Tensor | InputError, int]
 
 
 class _Positions:
@@ -46,7 +48,10 @@ class ShuffledShard(Dataset[Item]):
         return int(self._order[place])
 
     def __getitem__(self, position: int) -> Item:
-        return load_image(self.shard, self.index(position)), position
+        try:
+            return load_image(self.shard, self.index(position)), position
+        except InputError as error:
+            return error, position
 
 
 def load_image(shard: Shard, index: int) -> Tensor:
@@ -54,11 +59,16 @@ def load_image(shard: Shard, index: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(shard.read(index).normalised()))
 
 
-def collate(items: list[Item]) -> tuple[Tensor, Tensor, Tensor]:
+def collate(items: list[Item]) -> tuple[Tensor, Tensor, Tensor] | InputError:
     """Images zero-filled at the high end to a common size `(B, C, *S)`, their true sizes `(B, n)`, positions `(B,)`."""
-    sizes = torch.tensor([image.shape[1:] for image, _ in items])
-    out = torch.zeros(len(items), items[0][0].shape[0], *sizes.amax(0).tolist())
-    for slot, (image, _) in zip(out, items, strict=True):
+    images = []
+    for image, _ in items:
+        if isinstance(image, InputError):
+            return image
+        images.append(image)
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    out = torch.zeros(len(images), images[0].shape[0], *sizes.amax(0).tolist())
+    for slot, image in zip(out, images, strict=True):
         slot[tuple(slice(s) for s in image.shape)] = image
     return out, sizes, torch.tensor([position for _, position in items])
 
@@ -74,15 +84,22 @@ def batches(
         num_workers=workers,
         pin_memory=device.type == "cuda",
     )
-    for iteration, (images, sizes, positions) in enumerate(loader, start=first):
+    for iteration, collated in enumerate(loader, start=first):
+        images, sizes, positions = _sound(collated)
         yield Batch(images.to(device, non_blocking=True), sizes, positions % batch, seed, iteration)
+
+
+def _sound(collated: tuple[Tensor, Tensor, Tensor] | InputError) -> tuple[Tensor, Tensor, Tensor]:
+    if isinstance(collated, InputError):
+        raise collated
+    return collated
 
 
 def held_out(shard: Shard, *, batch: int, limit: int, seed: int, device: torch.device) -> Iterator[Batch]:
     """The first `limit` samples of a held-out shard with views that never change (iteration 0)."""
     for start in range(0, min(limit, len(shard)), batch):
         indices = range(start, min(start + batch, limit, len(shard)))
-        images, sizes, positions = collate([(load_image(shard, i), i) for i in indices])
+        images, sizes, positions = _sound(collate([(load_image(shard, i), i) for i in indices]))
         yield Batch(images.to(device), sizes, positions, seed, 0)
 
 

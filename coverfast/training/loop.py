@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from coverfast.checks import InputError
-from coverfast.methods import Batch
+from coverfast.methods import Batch, Method
 from coverfast.training.runs import Run
 
 Record = dict[str, float]
@@ -30,19 +30,20 @@ class Schedule:
 
 
 def train(
-    method: nn.Module,
+    method: Method,
     optimizer: torch.optim.Optimizer,
     data: Iterable[Batch],
     run: Run,
     schedule: Schedule,
     *,
+    settings: dict[str, Any],
     validation: Callable[[], Iterable[Batch]] | None = None,
     on_step: Callable[[Record], None] = lambda record: None,
 ) -> None:
-    """Train over `data`, one batch an iteration, writing metrics and checkpoints into `run`.
+    """Train over `data`, one batch an iteration, writing metrics and checkpoints (with `settings`) into `run`.
 
-    `on_step` gets every iteration's record: `iteration`, the method's named scalars and `seconds`; with `val_` before
-    the names on iterations that were validated.
+    `on_step` gets every iteration's record: `iteration`, the method's named scalars and `seconds` (waiting for data
+    and the step); on iterations that were validated also the figures of `method.evaluate`, `val_` before their names.
     """
     method.train()
     before = time.perf_counter()
@@ -50,42 +51,29 @@ def train(
         losses = method(batch)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
-        nn.utils.clip_grad_norm_(method.parameters(), schedule.clip)
+        norm = float(nn.utils.clip_grad_norm_(method.parameters(), schedule.clip))
         record: Record = {"iteration": batch.iteration, **to_floats(losses)}
-        if not math.isfinite(record["loss"]):
+        if not (math.isfinite(record["loss"]) and math.isfinite(norm)):
             raise InputError(
-                f"the loss is {record['loss']} at iteration {batch.iteration}; the weights are as of the step before, "
-                f"see the last checkpoint in {run.folder / 'checkpoints'}"
+                f"loss and gradient must be finite, got loss {record['loss']} and gradient norm {norm} at iteration "
+                f"{batch.iteration}; the last checkpoint in {run.folder / 'checkpoints'} is sound"
             )
         optimizer.step()
+        record["seconds"] = time.perf_counter() - before
         last = batch.iteration == schedule.iterations
         if validation and (last or batch.iteration % schedule.val_every == 0):
-            record |= {f"val_{name}": value for name, value in evaluate(method, validation()).items()}
-        record["seconds"], before = time.perf_counter() - before, time.perf_counter()
+            method.eval()
+            record |= {f"val_{name}": value for name, value in method.evaluate(validation()).items()}
+            method.train()
         run.append_metrics(record)
         if last or batch.iteration % schedule.checkpoint_every == 0:
             run.save_checkpoint(
                 batch.iteration,
-                {"method": method.state_dict(), "optimizer": optimizer.state_dict()},
+                {"method": method.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings},
                 keep=schedule.keep_checkpoints,
             )
         on_step(record)
-
-
-@torch.no_grad()
-def evaluate(method: nn.Module, data: Iterable[Batch]) -> Record:
-    """Mean of a method's named scalars over held-out samples."""
-    total: Record = {}
-    count = 0
-    training = method.training
-    method.eval()
-    for batch in data:
-        size = len(batch.samples)
-        count += size
-        for name, value in to_floats(method(batch)).items():
-            total[name] = total.get(name, 0.0) + size * value
-    method.train(training)
-    return {name: value / count for name, value in total.items()}
+        before = time.perf_counter()
 
 
 def to_floats(losses: dict[str, Any]) -> Record:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,23 @@ from coverfast.checks import InputError, per_axis, require
 from coverfast.disk import write_atomically
 from coverfast.geometry import level_size
 from coverfast.methods.cover import Cover
+from coverfast.ops.dispatch import OPS, choose
 from coverfast.pyramid import VectorPyramid
 from coverfast.shards import Shard
 from coverfast.training.data import batches, check_fits, held_out
 from coverfast.training.loop import Record, Schedule, train
-from coverfast.training.runs import Run
+from coverfast.training.runs import Run, check_new_folder, provenance
 from coverfast.training.settings import (
     PRESETS,
     Settings,
     as_plain,
+    changed_settings,
     check_resume,
     preset_ndim,
     read_toml,
     resolve,
 )
+from coverfast.views import expected_mask
 
 #: Separates the views of validation from those of training.
 _VALIDATION_KEY = 0x5A17
@@ -47,6 +50,7 @@ class Pretraining:
     device: torch.device
     first: int
     notes: list[str]
+    origin: dict[str, Any] = field(default_factory=dict)
 
     def start(self, on_step: Callable[[Record], None] = lambda record: None) -> Run:
         """Train to the end and write `backbone.safetensors` and, with matplotlib, `report.png`; return the run."""
@@ -54,7 +58,8 @@ class Pretraining:
         if self.run is None:
             self.run = Run.create(s, data_sha256=self.shard.content_hash)
         else:
-            self.run.write_config(s, data_sha256=self.shard.content_hash)
+            now = provenance(self.shard.content_hash)
+            self.run.write_config(s, {"provenance": self.origin, "resumed": now})
         self.run.cut_metrics(self.first - 1)
         data = batches(
             self.shard,
@@ -66,15 +71,24 @@ class Pretraining:
             device=self.device,
         )
         schedule = Schedule(s.iterations, s.clip, s.checkpoint_every, s.keep_checkpoints, s.val_every)
-        train(
-            self.method,
-            self.optimizer,
-            data,
-            self.run,
-            schedule,
-            validation=self._held_out if self.val else None,
-            on_step=on_step,
-        )
+        try:
+            train(
+                self.method,
+                self.optimizer,
+                data,
+                self.run,
+                schedule,
+                settings=as_plain(s),
+                validation=self._held_out if self.val else None,
+                on_step=on_step,
+            )
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise InputError(
+                    f"a batch of {s.batch} crops of {s.crop} does not fit into the memory of {self.device}; "
+                    f"use a smaller --batch or --crop"
+                ) from None
+            raise
         self._save_backbone()
         self._draw()
         return self.run
@@ -115,21 +129,37 @@ def plan(flags: Mapping[str, Any], config: str | Path | None = None) -> Pretrain
     from_file = read_toml(config)[0] if config else {}
     given = from_file | dict(flags)
     require(bool(given.get("data")), "data must name an HDF5 shard, got none; use --data F.h5")
+    preset = given.get("preset")
+    require(
+        preset == from_file.get("preset", preset),
+        f"preset must be {from_file.get('preset')!r}, for which the values of {config} are, got {preset!r}",
+    )
+    check_new_folder(str(given.get("run", "")))
     shard = Shard(given["data"])
     notes = []
-    preset = given.get("preset")
     if not preset:
         size = "paper" if _device(str(given.get("device", "auto"))).type == "cuda" else "small"
         preset = f"{size}-{shard.ndim}d"
         notes.append(f"preset {preset}, for a {shard.ndim}D shard on a {'GPU' if size == 'paper' else 'CPU'}")
-    settings = resolve(preset, from_file, flags)
-    return _assemble(settings, shard, notes)
+    # Whole paths, so that the run can be resumed from another folder.
+    places = {name: str(Path(given[name]).absolute()) for name in ("data", "val", "init") if given.get(name)}
+    settings = resolve(preset, from_file, flags, places)
+    ready = _assemble(settings, shard, notes)
+    _warn_of_little_overlap(ready)
+    return ready
 
 
 def resume(flags: Mapping[str, Any]) -> Pretraining:
     """An earlier run, to continue from its newest checkpoint with its own settings."""
-    run, old, origin = Run.open(str(flags.get("run", "")))
+    run, old, tables = Run.open(str(flags.get("run", "")))
+    origin = tables["provenance"]
     settings = check_resume(old, flags)
+    places: dict[str, Any] = {n: str(Path(flags[n]).absolute()) for n in ("data", "val") if flags.get(n)}
+    settings = replace(settings, **places)
+    require(
+        Path(settings.data).exists(),
+        f"data must be the shard of the run, but there is no file {settings.data}; give its new place with --data",
+    )
     shard = Shard(settings.data)
     require(
         shard.content_hash == origin.get("data_sha256"),
@@ -137,12 +167,15 @@ def resume(flags: Mapping[str, Any]) -> Pretraining:
         f"{shard.content_hash}",
     )
     ready = _assemble(settings, shard, [], warm=False)
-    ready.run = run
+    ready.run, ready.origin = run, origin
     if state := run.load_checkpoint(ready.device):
         iteration = int(state["iteration"])
+        if changed := changed_settings(state["settings"], settings):
+            raise InputError(f"{run.config} must be as the run wrote it, but {changed} was changed since")
         require(
-            settings.iterations >= iteration,
-            f"iterations must be at least {iteration}, where the run stands, got {settings.iterations}",
+            settings.iterations > iteration,
+            f"iterations must be more than {iteration}, where the run stands, got {settings.iterations}; "
+            f"raise the total with --iterations",
         )
         load_state(ready.method, state["method"], str(run.checkpoints()[-1]))
         ready.optimizer.load_state_dict(state["optimizer"])
@@ -150,7 +183,24 @@ def resume(flags: Mapping[str, Any]) -> Pretraining:
     elif settings.init:
         _warm_start(ready)
     ready.notes.append(f"resuming {run.folder} after iteration {ready.first - 1}")
+    now = provenance(shard.content_hash)
+    for name in ("coverfast", "torch", "triton", "numpy", "python", "commit", "threads"):
+        if now[name] != origin.get(name):
+            ready.notes.append(f"{name} was {origin.get(name)} and is {now[name]}: equal bits are not assured")
     return ready
+
+
+def _warn_of_little_overlap(ready: Pretraining) -> None:
+    """A crop far smaller than its image shows two views with little in common, and nothing is learned."""
+    ndim, sizes = ready.shard.ndim, torch.from_numpy(ready.shard.sizes.copy())
+    crop = _crop(ready.settings, ndim)
+    some = sizes[torch.linspace(0, len(sizes) - 1, 256).long()]
+    share = expected_mask(some, crop, ready.settings.views())
+    if share < 0.3:
+        ready.notes.append(
+            f"warning: only {share:.0%} of a view lies in the other one on average: the images are large for a crop of "
+            f"{'x'.join(map(str, crop))}; use shards build --size, a larger --crop or a smaller --strength"
+        )
 
 
 def _assemble(settings: Settings, shard: Shard, notes: list[str], *, warm: bool = True) -> Pretraining:
@@ -160,7 +210,7 @@ def _assemble(settings: Settings, shard: Shard, notes: list[str], *, warm: bool 
         preset_ndim(s.preset) == ndim,
         f"data must be a {preset_ndim(s.preset)}D shard for preset {s.preset}, but {shard.path} is {ndim}D",
     )
-    crop = per_axis("crop", s.crop[0] if len(s.crop) == 1 else s.crop, ndim)
+    crop = _crop(s, ndim)
     level_size(crop, len(s.groups))
     check_fits(shard, crop, pad=s.pad)
     val = Shard(s.val) if s.val else None
@@ -172,6 +222,8 @@ def _assemble(settings: Settings, shard: Shard, notes: list[str], *, warm: bool 
         )
         check_fits(val, crop, pad=s.pad)
     device = _device(s.device)
+    for op in OPS:
+        choose(op, s.impl, torch.empty(0, device=device))
     if s.threads:
         torch.set_num_threads(s.threads)
     torch.manual_seed(s.seed)
@@ -184,6 +236,10 @@ def _assemble(settings: Settings, shard: Shard, notes: list[str], *, warm: bool 
     if s.init and warm:
         _warm_start(ready)
     return ready
+
+
+def _crop(settings: Settings, ndim: int) -> tuple[int, ...]:
+    return per_axis("crop", settings.crop[0] if len(settings.crop) == 1 else settings.crop, ndim)
 
 
 def _warm_start(ready: Pretraining) -> None:

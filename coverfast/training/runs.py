@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from coverfast.checks import InputError, require
-from coverfast.disk import atomic_path, explained, write_atomically
+from coverfast.disk import explained, write_atomically
 from coverfast.training.settings import Settings, read_toml, resolve, to_toml
 
 _CHECKPOINT = "coverfast-checkpoint"
@@ -52,33 +52,30 @@ class Run:
         """A new run folder with its configuration; refuses a folder that holds anything."""
         name = settings.run or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{settings.preset}"
         run = cls(Path(name))
-        if run.folder.exists():
-            require(run.folder.is_dir(), f"run must be a folder, but {run.folder} is a file")
-            require(
-                not any(run.folder.iterdir()),
-                f"run must be a new or empty folder, but {run.folder} holds files; use --resume to continue it",
-            )
+        check_new_folder(name)
+        new = not run.folder.exists()
         with explained(run.folder):
             run.folder.mkdir(parents=True, exist_ok=True)
         try:
-            run.write_config(settings, data_sha256=data_sha256)
+            run.write_config(settings, {"provenance": provenance(data_sha256)})
         except InputError:
-            run.folder.rmdir()
+            if new:
+                run.folder.rmdir()
             raise
         return run
 
-    def write_config(self, settings: Settings, *, data_sha256: str) -> None:
-        """Write the resolved settings with versions, commit and data hash."""
-        write_atomically(self.config, to_toml(settings, tables={"provenance": provenance(data_sha256)}))
+    def write_config(self, settings: Settings, tables: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write the resolved settings and tables of versions, commit and data hash."""
+        write_atomically(self.config, to_toml(settings, tables=tables))
 
     @classmethod
-    def open(cls, folder: str) -> tuple[Run, Settings, dict[str, Any]]:
-        """An existing run, its settings and its provenance."""
+    def open(cls, folder: str) -> tuple[Run, Settings, dict[str, dict[str, Any]]]:
+        """An existing run, its settings and the other tables of its configuration."""
         require(bool(folder), "run must name the folder to resume, got none; use --run DIR")
         run = cls(Path(folder))
         require(run.config.is_file(), f"run must be a folder with config.toml, but {run.config} does not exist")
-        values, origin = read_toml(run.config)
-        return run, resolve(str(values.get("preset", "")), values), origin
+        values, tables = read_toml(run.config)
+        return run, resolve(str(values.get("preset", "")), values), tables
 
     # --- metrics ---
 
@@ -86,7 +83,7 @@ class Run:
         """Drop the metrics after iteration `last`: a resumed run writes them again."""
         kept = []
         if self.metrics.exists():
-            for line in self.metrics.read_text().splitlines():
+            for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     iteration = json.loads(line)["iteration"]
                 except (ValueError, KeyError, TypeError):
@@ -98,7 +95,7 @@ class Run:
     def append_metrics(self, record: Mapping[str, float]) -> None:
         """Add one line; a number that is not finite becomes null, so that every line is JSON."""
         plain = {k: v if math.isfinite(v) else None for k, v in record.items()}
-        with explained(self.metrics), self.metrics.open("a") as file:
+        with explained(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain) + "\n")
 
     # --- checkpoints ---
@@ -114,9 +111,8 @@ class Run:
         torch.save({"format": _CHECKPOINT, "version": 1, "iteration": iteration, **state}, memory)
         with explained(path):
             path.parent.mkdir(exist_ok=True)
-        # A view left open in the frames of an exception crashes Python 3.12.1 at its end.
-        with memory.getbuffer() as view, atomic_path(path) as temporary:
-            temporary.write_bytes(view)
+        # A copy, not a view of the buffer: a view held by the frames of an exception crashes Python 3.12.1 at its end.
+        write_atomically(path, memory.getvalue())
         for old in self.checkpoints()[:-keep]:
             old.unlink(missing_ok=True)
         return path
@@ -135,6 +131,18 @@ class Run:
             f"{paths[-1]} must be a coverfast checkpoint of version 1, but it is none",
         )
         return state
+
+
+def check_new_folder(name: str) -> None:
+    """Refuse a run folder that holds anything; none at all is fine."""
+    folder = Path(name)
+    with explained(folder):
+        if name and folder.exists():
+            require(folder.is_dir(), f"run must be a folder, but {folder} is a file")
+            require(
+                not any(folder.iterdir()),
+                f"run must be a new or empty folder, but {folder} holds files; use --resume to continue it",
+            )
 
 
 def provenance(data_sha256: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from coverfast.checks import InputError, check_choice, require
+from coverfast.disk import explained
 from coverfast.ops.dispatch import IMPLEMENTATIONS
 from coverfast.view_settings import ViewSettings
 
@@ -52,11 +54,11 @@ class Settings:
     contrast: float = _setting(0.5, "largest deviation of the contrast factor from 1", least=0)
     brightness: float = _setting(0.1, "largest standard deviation of the brightness shift", least=0)
     boxes: int = _setting(10, "most boxes to in-paint", least=0)
-    lr: float = _setting(1e-4, "learning rate of Adam", least=0)
-    clip: float = _setting(1.0, "largest gradient norm", least=0)
-    seed: int = _setting(0, "key of the weights, the order of the samples and the views", least=0)
+    lr: float = _setting(1e-4, "learning rate of Adam", least=1e-30)
+    clip: float = _setting(1.0, "largest gradient norm", least=1e-30)
+    seed: int = _setting(0, "key of the weights, the order of the samples and the views", least=0, most=2**64 - 1)
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1 ...", free=True)
-    threads: int = _setting(0, "CPU threads of torch; 0 leaves the choice to torch", least=0)
+    threads: int = _setting(0, "CPU threads of torch; 0 leaves the choice to torch", least=0, most=1024)
     impl: str = _setting("auto", f"implementation of the ops: {', '.join(IMPLEMENTATIONS)}")
     workers: int = _setting(0, "processes that read the shard", least=0, free=True)
     checkpoint_every: int = _setting(1000, "iterations between checkpoints", least=1, free=True)
@@ -146,11 +148,12 @@ def _check_value(setting: Field[Any], value: Any) -> Any:
         numbers, fits = (value,), type(value) is kind
     expected = {tuple: "an int or a list of ints", int: "an int", float: "a number", bool: "true or false"}
     require(fits, f"{name} must be {expected.get(kind, 'a string')}, got {value!r}")
-    least = setting.metadata.get("least")
-    require(
-        least is None or all(least <= v < float("inf") for v in numbers),
-        f"{name} must be at least {least}, got {value!r}",
-    )
+    least, most = setting.metadata.get("least"), setting.metadata.get("most", sys.float_info.max)
+    if least is not None:
+        require(all(v >= least for v in numbers), f"{name} must be at least {least}, got {value!r}")
+        require(all(v <= most for v in numbers), f"{name} must be at most {most:g}, got {value!r}")
+    if kind is str:
+        require(value.isprintable(), f"{name} must be printable text, got {value!r}")
     return value
 
 
@@ -173,21 +176,23 @@ def to_toml(
 def _toml_value(value: Any) -> str:
     if isinstance(value, tuple):
         return _toml_value(value[0]) if len(value) == 1 else f"[{', '.join(map(str, value))}]"
-    # A JSON string is a TOML string, JSON's numbers and truth values are TOML's; exponents need no change either.
-    return json.dumps(value)
+    # JSON's strings, numbers and truth values are TOML's, but for escapes beyond 16 bits and a bare DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def read_toml(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and provenance of a TOML file, settings checked."""
+def read_toml(path: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Settings of a TOML file, checked, and its tables (of a run's own file: provenance, resumed)."""
     path = Path(path)
-    require(path.is_file(), f"config must be a TOML file, but {path} does not exist")
+    with explained(path, "read"):
+        require(path.is_file(), f"config must be a TOML file, but there is no file {path}")
+        data = path.read_bytes()
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"config must be a TOML file, but {path} is none: {error}") from None
-    provenance = values.pop("provenance", {})
+    tables = {title: values.pop(title, {}) for title in ("provenance", "resumed")}
     try:
-        return check_values(values), provenance
+        return check_values(values), tables
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -206,6 +211,12 @@ def check_resume(old: Settings, given: Mapping[str, Any]) -> Settings:
                 f"(free to change: {free})"
             )
     return replace(old, **given)
+
+
+def changed_settings(stored: Mapping[str, Any], settings: Settings) -> str:
+    """Names of the settings of a checkpoint that may not change and did."""
+    now, free = as_plain(settings), set(free_settings())
+    return ", ".join(name for name in now if name not in free and stored.get(name) != now[name])
 
 
 def free_settings() -> Iterable[str]:
