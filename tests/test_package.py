@@ -115,4 +115,6 @@ except coverfast.InputError as error:
 def test_readme_commands_are_the_ones_ci_and_users_run() -> None:
     readme = (ROOT / "README.md").read_text()
     assert 'pip install -c constraints.txt -e ".[all]" && coverfast demo\n' in readme
-    assert 'pip install -c constraints.txt -e ".[all]" && pytest\n' in readme
+    tests = 'pip install -c constraints.txt -e ".[all]" && pytest\n'
+    assert tests in readme
+    assert tests in (ROOT / ".ci" / "run").read_text()
