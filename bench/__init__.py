@@ -1,1 +1,1 @@
-"""Benchmarks, their baselines and their committed results."""
+"""Benchmarks and their baselines."""
