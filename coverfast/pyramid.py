@@ -42,9 +42,9 @@ class Projection(nn.Module):
         return (F.conv2d if x.ndim == 4 else F.conv3d)(x, self.conv.weight)
 
     def finish(self, x: Tensor) -> Tensor:
-        """The bias and the norm."""
+        """The bias and the norm, in the dtype of `x`: autocast would leave float32, twice the bytes for `mov`."""
         assert self.conv.bias is not None
-        return self.norm(x + self.conv.bias.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2)))
+        return self.norm(x + self.conv.bias.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2))).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Both halves."""

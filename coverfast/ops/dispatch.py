@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from coverfast.checks import InputError, check_choice
+from coverfast.kernels.launch import INTERPRETED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,8 @@ KERNELS = frozenset(op for op in OPS if _HAS_TRITON and find_spec(f"coverfast.ke
 def choose(op: str, impl: str, tensor: Tensor) -> str:
     """The implementation that runs for `op` on `tensor`: "triton", "torch" or "reference".
 
-    `auto` is `triton` when the tensor is on a GPU and the op has an importable kernel, otherwise `torch`.
+    `auto` is `triton` when the tensor is on a GPU and the op has an importable kernel, otherwise `torch`. An explicit
+    `triton` also takes tensors on the CPU where Triton's interpreter is on.
     """
     check_choice("impl", impl, IMPLEMENTATIONS)
     if impl == "auto":
@@ -29,4 +31,9 @@ def choose(op: str, impl: str, tensor: Tensor) -> str:
     if impl == "triton" and op not in KERNELS:
         why = "this version has no Triton kernel for it" if _HAS_TRITON else "the package triton is not installed"
         raise InputError(f"impl='triton' cannot run {op}: {why}; use impl='auto' or 'torch'")
+    if impl == "triton" and not tensor.is_cuda and not INTERPRETED:
+        raise InputError(
+            f"impl='triton' cannot run {op} on {tensor.device}: it needs a GPU, or TRITON_INTERPRET=1 in the environment "
+            "before Python starts to interpret the kernels on the CPU (slowly); use impl='auto' or 'torch'"
+        )
     return impl

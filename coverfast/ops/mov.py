@@ -65,7 +65,8 @@ def mov(
 
 # --- operators -------------------------------------------------------------------------------------------------
 # Opaque to torch.compile: one graph node a direction instead of one a tap. The forward saves, beside its output,
-# the log-sum-exp and, for several groups, their separate vectors (an empty tensor for one group).
+# the log-sum-exp (natural from torch, in base 2 from Triton: each for its own backward) and, for several groups, their
+# separate vectors (an empty tensor for one group).
 
 
 @torch.library.custom_op(
@@ -76,8 +77,15 @@ def mov(
 def _forward(
     q: Tensor, k: Tensor, window: Sequence[int], groups: int, scale: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _new_outputs(q, groups)
     with torch.autocast(q.device.type, enabled=False):
-        return _torch_forward(q, k, window, groups, scale)
+        if impl == "triton":
+            from coverfast.kernels import mov as kernels
+
+            kernels.forward(q, k, *outputs, window, groups, scale)
+        else:
+            _torch_forward(q, k, *outputs, window, groups, scale)
+    return outputs
 
 
 @_forward.register_fake
@@ -105,8 +113,15 @@ def _backward(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    gradients = _gradient_like(q), _gradient_like(k)
     with torch.autocast(q.device.type, enabled=False):
-        return _torch_backward(grad, q, k, out, lse, vectors, window, groups, scale)
+        if impl == "triton":
+            from coverfast.kernels import mov as kernels
+
+            kernels.backward(grad, q, k, out, lse, vectors, *gradients, window, groups, scale)
+        else:
+            _torch_backward(grad, q, k, out, lse, vectors, *gradients, window, groups, scale)
+    return gradients
 
 
 @_backward.register_fake
@@ -122,7 +137,7 @@ def _(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+    return _gradient_like(q), _gradient_like(k)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -152,6 +167,13 @@ def _new_outputs(q: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     lse = q.new_empty((batch, groups, *size), dtype=dtype)
     vectors = q.new_empty((batch, groups, n, *size) if groups > 1 else (0,), dtype=dtype)
     return out, lse, vectors
+
+
+def _gradient_like(x: Tensor) -> Tensor:
+    """An empty map for the gradient of `x`: channels-last where the channels of a pixel are contiguous."""
+    if x.shape[1] > 1 and x.stride(1) == 1:
+        return torch.empty_like(x, memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 # --- the lean torch formulation --------------------------------------------------------------------------------
@@ -231,9 +253,15 @@ def _plan(q: Tensor, window: Sequence[int], groups: int) -> tuple[list[list[Offs
 
 
 def _torch_forward(
-    q: Tensor, k: Tensor, window: Sequence[int], groups: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse, vectors = _new_outputs(q, groups)
+    q: Tensor,
+    k: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    vectors: Tensor,
+    window: Sequence[int],
+    groups: int,
+    scale: float,
+) -> None:
     size, n = q.shape[2:], q.ndim - 2
     runs, taps, row_scores = _plan(q, window, groups)
     templates = [_template(run, out) for run in runs]
@@ -259,7 +287,6 @@ def _torch_forward(
         if groups > 1:
             vectors[items, :, :, first:last] = moved
         out[items, :, first:last] = moved.mean(1)
-    return out, lse, vectors
 
 
 def _torch_backward(
@@ -269,23 +296,24 @@ def _torch_backward(
     out: Tensor,
     lse: Tensor,
     vectors: Tensor,
+    dq: Tensor,
+    dk: Tensor,
     window: Sequence[int],
     groups: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> None:
     size, n = q.shape[2:], q.ndim - 2
     runs, taps, row_scores = _plan(q, window, groups)
     templates = [_template(run, out) for run in runs]
     queries, keys = _grouped(q, groups), _grouped(k, groups)
-    dq, dk = torch.empty_like(q, memory_format=torch.contiguous_format), torch.zeros_like(keys)
-    dq_groups = dq.unflatten(1, (groups, -1))
+    dq_groups, dk_groups = dq.unflatten(1, (groups, -1)), torch.zeros_like(keys)
     per_group = vectors if groups > 1 else out.unsqueeze(1)
     memory = _Scores(keys, taps)
     for items, first, last in _blocks(q.shape[0], size[0], row_scores):
         block = queries[items, :, :, first:last] * scale
         g = grad[items, :, first:last].to(keys.dtype) / groups
         level = (g.unsqueeze(1) * per_group[items, :, :, first:last]).sum(2)
-        dq_block, dk_block = torch.zeros_like(block), dk[items]
+        dq_block, dk_block = torch.zeros_like(block), dk_groups[items]
         g_rows = g.movedim(1, 0).reshape(n, -1)
         for run, template in zip(runs, templates, strict=True):
             scores = memory.fill(block, keys[items], run, size, first, last)
@@ -300,4 +328,4 @@ def _torch_backward(
                 dq_block[in_block].addcmul_(ds, keys[items][neighbours])
                 dk_block[neighbours].addcmul_(ds, block[in_block])
         dq_groups[items, :, :, first:last] = dq_block.mul_(scale)
-    return dq, dk.flatten(1, 2).to(k.dtype)
+    dk.copy_(dk_groups.flatten(1, 2))
