@@ -2,16 +2,20 @@
 
 **A** loops over the window: one slice, product and sum a tap, scores concatenated. **B** unfolds the keys and
 multiplies at once. Both mask the taps outside the grid, so that they compute the same numbers as `coverfast.mov`.
+FlexAttention does too, but over a raster of pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from itertools import product
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
 def _window(q: Tensor, k: Tensor, window: Sequence[int]) -> tuple[list[tuple[int, ...]], Tensor, Tensor]:
@@ -50,3 +54,43 @@ def mov_b(q: Tensor, k: Tensor, *, window: Sequence[int], groups: int = 1) -> Te
     scores = (q.unsqueeze(-1) * padded).unflatten(1, (groups, d)).sum(2) * d**-0.5 + outside
     weights = scores.softmax(-1)
     return (weights @ _offsets(taps, window, weights)).movedim(-1, 2).mean(1)
+
+
+def mov_flex(q: Tensor, k: Tensor, *, window: Sequence[int], groups: int = 1) -> Tensor:
+    """FlexAttention over all pixels in raster order, its mask the window truncated at the border.
+
+    Values are absolute coordinates, the query's own subtracted afterwards; heads are padded to 16 channels. Computed in
+    float32: coordinates beyond 256 are not exact in half precision, and their means are off by up to half a pixel.
+    """
+    n, (batch, channels, *size) = len(window), q.shape
+    pixels, d = prod(size), channels // groups
+
+    def heads(x: Tensor) -> Tensor:
+        rows = x.float().reshape(batch, groups, d, pixels).transpose(2, 3)
+        return F.pad(rows, (0, max(0, 16 - d)))
+
+    grid = torch.meshgrid(*(torch.arange(s, device=q.device, dtype=torch.float32) for s in size), indexing="ij")
+    own = torch.stack(grid, -1).reshape(pixels, n)
+    values = F.pad(own, (0, 16 - n)).expand(batch, groups, pixels, 16)
+    attend = _compiled_flex() if q.is_cuda else flex_attention
+    mask = _window_mask(tuple(size), tuple(window), q.device.type)
+    found = attend(heads(q), heads(k), values, block_mask=mask, scale=d**-0.5)
+    return (found[..., :n] - own).mean(1).transpose(1, 2).reshape(batch, n, *size)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@lru_cache(maxsize=1)
+def _window_mask(size: tuple[int, ...], window: tuple[int, ...], device: str) -> BlockMask:
+    def inside(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        kept = query == query
+        for s, w in zip(reversed(size), reversed(window), strict=True):
+            kept = kept & ((query % s - key % s).abs() <= w // 2)
+            query, key = query // s, key // s
+        return kept
+
+    pixels = prod(size)
+    return create_block_mask(inside, None, None, pixels, pixels, device=device, _compile=device == "cuda")

@@ -136,7 +136,9 @@ def backward_launches(
     on: Architecture | None = None,
 ) -> tuple[Launch, Launch]:
     """The launches that fill dq, then dk."""
-    arguments, constants, shape, programs = _common(q, k, window, groups, scale, on, backward=True, widest=grad.stride(-1))
+    arguments, constants, shape, programs = _common(
+        q, k, window, groups, scale, on, backward=True, widest=grad.stride(-1)
+    )
     pulled = torch.empty_like(lse)
     sides = {"lse": lse, "pulled": pulled, "grad": grad}
     g_b, g_c, *g_s = grad.stride()
@@ -170,7 +172,7 @@ def _common(
     batch, channels, *size = q.shape
     width = channels // groups
     size_z, size_y, size_x = (1, *size) if len(size) == 2 else size
-    radius_z, radius_y, radius_x = ((1, *window) if len(window) == 2 else window)
+    radius_z, radius_y, radius_x = (1, *window) if len(window) == 2 else window
     radius_z, radius_y, radius_x = radius_z // 2, radius_y // 2, radius_x // 2
     wide = q.dtype == torch.float64
     words, on = width * (2 if wide else 1), on or architecture_of(q)
@@ -215,5 +217,10 @@ def _target(x: Tensor, width: int) -> tuple[dict[str, Any], dict[str, Any]]:
     rows = x.shape[1] == 1 or x.stride(1) == 1
     unit = _unit(x, width) if rows else 1
     d_b, d_c, *d_s = x.stride()
-    arguments = {"d_b": d_b // unit, "d_z": (d_s[0] if len(d_s) == 3 else 0) // unit, "d_y": d_s[-2] // unit, "d_c": d_c}
+    arguments = {
+        "d_b": d_b // unit,
+        "d_z": (d_s[0] if len(d_s) == 3 else 0) // unit,
+        "d_y": d_s[-2] // unit,
+        "d_c": d_c,
+    }
     return arguments, {"D_X": d_s[-1], "D_UNIT": unit, "D_ROWS": rows}

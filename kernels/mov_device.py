@@ -171,7 +171,7 @@ def mov_forward_kernel(
     Q_X: tl.constexpr, K_X: tl.constexpr, UNIT: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
     WINDOW_X: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """out `(B, n, *S)`, lse `(B, J, *S)` and, for several groups, vectors `(B, J, n, *S)`.
+    """Fill out `(B, n, *S)`, lse `(B, J, *S)` and, for several groups, vectors `(B, J, n, *S)`.
 
     `WINDOW_X` is the window along x when its taps are unrolled, 0 when they are a loop.
     """

@@ -33,7 +33,7 @@ def choose(op: str, impl: str, tensor: Tensor) -> str:
         raise InputError(f"impl='triton' cannot run {op}: {why}; use impl='auto' or 'torch'")
     if impl == "triton" and not tensor.is_cuda and not INTERPRETED:
         raise InputError(
-            f"impl='triton' cannot run {op} on {tensor.device}: it needs a GPU, or TRITON_INTERPRET=1 in the environment "
-            "before Python starts to interpret the kernels on the CPU (slowly); use impl='auto' or 'torch'"
+            f"impl='triton' cannot run {op} on {tensor.device}: it needs a GPU, or TRITON_INTERPRET=1 in the "
+            "environment before Python starts to interpret the kernels (slowly); use impl='auto' or 'torch'"
         )
     return impl

@@ -37,7 +37,8 @@ def mov(
         window: odd width in pixels, an int or one per axis; may exceed the grid.
         groups: J contiguous groups of `C / J` channels, each matched on its own.
         scale: factor on the dot products; default `(C / J) ** -0.5`.
-        impl: "auto", "triton", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference". The Triton kernels read maps whose channels are contiguous
+            (channels-last) in place, sliced or not; any other is copied to channels-last first, once a direction.
 
     Returns:
         DVF `(B, n, *S)` in pixels, float32 (float64 for float64 input), no component beyond its window radius.
