@@ -142,8 +142,9 @@ def _attend(
                 score = tl.where(keep, _dot(queries[i], keys[t]), -float("inf"))
                 top = tl.maximum(top, score)
                 scores += (score,)
-            row, row_x = tl.zeros_like(total), tl.zeros_like(total)
-            for t in tl.static_range(COUNT):
+            row = tl.exp2(scores[0] - top)
+            row_x = row * first
+            for t in tl.static_range(1, COUNT):
                 weight = tl.exp2(scores[t] - top)
                 row += weight
                 row_x += weight * (first + t)
@@ -200,8 +201,8 @@ def mov_forward_kernel(
                         WINDOW_X // 2, K_X, NDIM, WIDTH, CHUNK, min(TAPS, WINDOW_X - t), ACC,
                     )  # fmt: skip
             else:
-                left = tl.maximum(-radius_x, -(first_x + TILE - 1))
-                right = tl.minimum(radius_x, size_x - 1 - first_x)
+                left = tl.maximum(-radius_x, -(first_x + TILE - 1)).to(x.dtype)
+                right = tl.minimum(radius_x, size_x - 1 - first_x).to(x.dtype)
                 for first in range(left, right + 1, TAPS):
                     states = _attend(
                         states, queries, line, x, first, key_z - z, key_y, first_y, size_x, radius_y, radius_x, K_X,
@@ -283,7 +284,7 @@ def mov_dq_kernel(
     columns = tl.arange(0, CHUNK)[None, :]
     at_q = (x * Q_X + group)[:, None] + columns
     at_k = (x * K_X + group)[:, None] + columns
-    factor = _factor(scale, tl.float64)
+    factor, g_c = _factor(scale, tl.float64), g_c.to(tl.int64)
     size = size_z.to(tl.int64) * size_y * size_x
     queries, sides, totals = (), (), ()
     for i in tl.static_range(ROWS):
@@ -316,8 +317,8 @@ def mov_dq_kernel(
                         radius_y, WINDOW_X // 2, K_X, NDIM, WIDTH, CHUNK, min(TAPS, WINDOW_X - t), ACC,
                     )  # fmt: skip
             else:
-                left = tl.maximum(-radius_x, -(first_x + TILE - 1))
-                right = tl.minimum(radius_x, size_x - 1 - first_x)
+                left = tl.maximum(-radius_x, -(first_x + TILE - 1)).to(x.dtype)
+                right = tl.minimum(radius_x, size_x - 1 - first_x).to(x.dtype)
                 for first in range(left, right + 1, TAPS):
                     totals = _gather_keys(
                         totals, queries, sides, line, x, first, key_z - z, key_y, first_y, size_x, radius_y, radius_x,
@@ -406,7 +407,7 @@ def mov_dk_kernel(
     columns = tl.arange(0, CHUNK)[None, :]
     at_q = (x * Q_X + group)[:, None] + columns
     at_k = (x * K_X + group)[:, None] + columns
-    factor = _factor(scale, tl.float64)
+    factor, g_c = _factor(scale, tl.float64), g_c.to(tl.int64)
     size = size_z.to(tl.int64) * size_y * size_x
     at_side = (b * GROUPS + tl.minimum(j, GROUPS - 1)) * size + x
     keys, totals = (), ()
@@ -429,8 +430,8 @@ def mov_dk_kernel(
                         min(TAPS, WINDOW_X - t), ACC,
                     )  # fmt: skip
             else:
-                left = tl.maximum(-radius_x, -(first_x + TILE - 1))
-                right = tl.minimum(radius_x, size_x - 1 - first_x)
+                left = tl.maximum(-radius_x, -(first_x + TILE - 1)).to(x.dtype)
+                right = tl.minimum(radius_x, size_x - 1 - first_x).to(x.dtype)
                 for first in range(left, right + 1, TAPS):
                     totals = _gather_queries(
                         totals, keys, line, lse + side, pulled + side, slopes, g_c, g_x, x, first, z - query_z,
