@@ -200,6 +200,15 @@ def tune(
         write_results(save, rows, "cuda")
 
 
+def _merged(levels: Sequence[str]) -> str:
+    """2d 0; 2d 1; 3d 4 as 2d 0, 1; 3d 4."""
+    names: dict[str, list[str]] = {}
+    for part in "; ".join(levels).split("; "):
+        preset, level = part.split(" ", 1)
+        names.setdefault(preset, []).append(level)
+    return "; ".join(f"{preset} {', '.join(numbers)}" for preset, numbers in names.items())
+
+
 @app.command()
 def static(
     preset: Annotated[list[str], typer.Option(help="whose levels; repeats")] = ["paper-2d", "paper-3d"],  # noqa: B006
@@ -221,15 +230,27 @@ def static(
     console = Console()
     with console.status("compiling"):
         rows = table(preset, target or tuple(ARCHITECTURES), getattr(torch, dtype))
-    shown = Table(title=f"Kernels of {', '.join(preset)}, channels-last {dtype}")
-    headings = ("kernel", "target", "levels", "rows x taps", "tile x groups", "warps", "registers", "spilled", "shared")
-    for heading in (*headings, "instr. a tap", "with edges", "loads a pass"):
-        shown.add_column(heading, justify="left" if heading in ("kernel", "target", "levels") else "right")
-    for row in rows:
-        counts = ("-" if c is None else f"{c:.1f}" for c in (row.a_tap, row.executed))
-        numbers = map(str, (row.registers, row.spills, row.shared))
-        shown.add_row(row.kernel, row.target, row.levels, *row.shape.split(), *numbers, *counts, row.loads or "-")
-    console.print(shown)
-    console.print("registers a lane, bytes spilled a lane, bytes of shared memory a program", highlight=False)
+    for name in target or tuple(ARCHITECTURES):
+        shown = Table(title=f"{name}, channels-last {dtype}")
+        for heading in ("kernel", "levels"):
+            shown.add_column(heading, no_wrap=heading == "kernel")
+        for heading in ("rows", "taps", "regs", "spill", "shared", "a tap", "edges", "loads"):
+            shown.add_column(heading, justify="right", no_wrap=heading != "loads")
+        lines: dict[tuple[str, ...], list[str]] = {}
+        for row in rows:
+            if row.target == name:
+                counts = ("-" if c is None else f"{c:.1f}" for c in (row.a_tap, row.executed))
+                launch = row.shape.split()[0].split("x")
+                numbers = map(str, (*launch, row.registers, row.spills, row.shared))
+                line = (row.kernel.removeprefix("mov_"), *numbers, *counts, row.loads or "-")
+                lines.setdefault(line, []).append(row.levels.replace("paper-", ""))
+        for (kernel, *numbers), levels in lines.items():
+            shown.add_row(kernel, _merged(levels), *numbers)
+        console.print(shown)
+    console.print(
+        "rows a thread serves, taps of a pass; registers and bytes spilled a thread; bytes shared a program;\n"
+        "instructions a tap of the innermost loop, with the rows at both ends of a walk; loads of a pass, in bits",
+        highlight=False,
+    )
     if save is not None:
         write_results(save, [asdict(row) for row in rows])

@@ -68,7 +68,7 @@ def test_the_command_prints_and_saves(tmp_path):
         env={"COLUMNS": "200"},
     )
     assert done.exit_code == 0, done.output
-    assert "mov_dk" in done.output
+    assert all(word in done.output for word in ("forward", "dq", "dk", "3d 3, 4", "5 x 128"))
     saved = json.loads(file.read_text())
     assert len(saved["rows"]) == 15
     assert saved["provenance"]["triton"]
@@ -82,3 +82,43 @@ def test_a_target_that_is_not_there_is_refused():
 def test_the_interpreter_compiles_nothing():
     code = "from coverfast.bench import static\ntry: static.table()\nexcept ValueError as error: print(error)"
     assert "TRITON_INTERPRET" in run_python(code, TRITON_INTERPRET="1")
+
+
+_LAUNCHER = '''
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Hopper:
+    """A GPU that is not there: enough of a driver for the launcher to bind arguments and compile."""
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+driver.set_active(Hopper())
+from coverfast.bench import static
+from coverfast.kernels import mov as kernels
+from coverfast.ops import mov as op
+
+def launches(*shape):
+    q = torch.zeros(shape).bfloat16().to(memory_format=torch.channels_last_3d)
+    outputs, gradients = op._new_outputs(q, 1), (op._gradient_like(q), op._gradient_like(q))
+    problem = (5, 5, 5), 1, 0.35
+    yield kernels.forward_launch(q, q, *outputs, *problem)
+    yield from kernels.backward_launches(torch.zeros_like(outputs[0]), q, q, *outputs, *gradients, *problem)
+
+for sizes in ((2, 8, 6, 5, 32), (1, 8, 16, 32, 96), (3, 8, 1, 7, 64)):
+    for launch in launches(*sizes):
+        options = dict(num_warps=launch.warps, num_stages=1, enable_fp_fusion=True, grid=(launch.programs,))
+        compiled = launch.kernel.warmup(**launch.arguments, **launch.constants, **options)
+        counted = static.compile_launch(launch, "sm_90")
+        print(launch.kernel.__name__, compiled.asm["ptx"] == counted.asm["ptx"], id(compiled))
+'''
+
+
+def test_the_launcher_compiles_what_the_table_counts_once_for_all_sizes():
+    lines = [line.split() for line in run_python(_LAUNCHER).splitlines()]
+    assert len(lines) == 9
+    assert all(same == "True" for _, same, _ in lines)
+    # Tiles of 32 and 64 lanes: two kernels each for three sizes.
+    assert len({(kernel, compiled) for kernel, _, compiled in lines}) <= 6
