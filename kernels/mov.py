@@ -81,7 +81,7 @@ class Shape:
 #: (`coverfast bench static`); no GPU has timed them yet.
 SHARING = {8: ((4, 5), (4, 5)), 16: ((3, 2), (3, 1)), 32: ((2, 2), (2, 1)), 128: ((1, 1), (1, 1))}
 
-#: Warps that a multiprocessor should have left when rows are shared (one a scheduler), and the widest window whose taps
+#: Warps a multiprocessor must keep for rows to be shared (one a scheduler), and the widest window whose taps
 #: are unrolled.
 FILL, UNROLLED = 4, 9
 
@@ -174,8 +174,8 @@ def _common(
     size_z, size_y, size_x = (1, *size) if len(size) == 2 else size
     radius_z, radius_y, radius_x = (1, *window) if len(window) == 2 else window
     radius_z, radius_y, radius_x = radius_z // 2, radius_y // 2, radius_x // 2
-    wide = q.dtype == torch.float64
-    words, on = width * (2 if wide else 1), on or architecture_of(q)
+    double = q.dtype == torch.float64
+    words, on = width * (2 if double else 1), on or architecture_of(q)
     shape = choose(size, batch, groups, words, 2 * radius_x + 1, on, backward=backward)
     unit = min(_unit(q, width), _unit(k, width))
     strides = {}
@@ -191,7 +191,7 @@ def _common(
         "scale": bits(scale),
     }  # fmt: skip
     constants = {
-        "NDIM": len(size), "GROUPS": groups, "WIDTH": width, "ACC": tl.float64 if wide else tl.float32,
+        "NDIM": len(size), "GROUPS": groups, "WIDTH": width, "ACC": tl.float64 if double else tl.float32,
         "Q_X": q.stride(-1), "K_X": k.stride(-1), "UNIT": unit, "CHUNK": _chunk(unit, width), "WIDE": span >= 2**31,
         "WINDOW_X": 2 * radius_x + 1 if 2 * radius_x + 1 <= UNROLLED else 0,
         "ROWS": shape.rows, "TAPS": shape.taps, "TILE": shape.tile, "LANES": shape.lanes,

@@ -6,9 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import pytest
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,6 +19,10 @@ from coverfast.views import Views
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded")
+#: Besides, channels contiguous in every pixel, but pixels and rows apart.
+KERNEL_LAYOUTS = (*LAYOUTS, "sliced_rows")
+#: Besides, one number everywhere, with no strides: what a sum passes back.
+SLOPE_LAYOUTS = (*KERNEL_LAYOUTS, "scalar")
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
@@ -26,7 +32,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale:
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The values of `x` in another memory layout; "expanded" repeats its first sample instead."""
+    """The values of `x` in another memory layout; "expanded" repeats its first sample, "scalar" its first number."""
     if layout == "channels_last":
         return x.to(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
     if layout == "sliced":
@@ -34,6 +40,12 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
         around = x.new_full((x.shape[0], x.shape[1] + 1, *(2 * s + 1 for s in x.shape[2:])), float("nan"))
         view = around[(slice(None), slice(1, None), *[slice(1, None, 2)] * (x.ndim - 2))]
         return view.copy_(x)
+    if layout == "sliced_rows":
+        around = x.new_full((x.shape[0], x.shape[1] + 1, *(2 * s + 1 for s in x.shape[2:])), float("nan"))
+        view = laid_out(around, "channels_last")[(slice(None), slice(1, None), *[slice(1, None, 2)] * (x.ndim - 2))]
+        return view.copy_(x)
+    if layout == "scalar":
+        return x.flatten()[:1].reshape([1] * x.ndim).expand_as(x) if x.numel() else x
     if layout == "transposed":
         return x.transpose(1, -1).contiguous().transpose(1, -1)
     if layout == "expanded":
@@ -48,7 +60,7 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
 
 def gradients(out: Tensor, inputs: list[Tensor], seed: int = 99) -> tuple[Tensor, ...]:
     """Gradients of a fixed random projection of `out`."""
-    return torch.autograd.grad(out, inputs, randn(*out.shape, seed=seed, dtype=out.dtype))
+    return torch.autograd.grad(out, inputs, randn(*out.shape, seed=seed, dtype=out.dtype).to(out.device))
 
 
 def assert_near(actual: Tensor, expected: Tensor, atol: float = 1e-10, rtol: float = 1e-10) -> None:
@@ -122,6 +134,69 @@ def mov_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64,
     q = laid_out(randn(*shape, seed=seed, dtype=dtype), layout_q)
     k = laid_out(randn(*shape, seed=seed + 1, dtype=dtype), layout_k)
     return MovCase(q, k, window, groups, scale)
+
+
+@dataclass(frozen=True)
+class MovSpec:
+    """A call of `mov` and the gradient that comes back to it, in numbers: tensors are made of it on any device."""
+
+    size: tuple[int, ...]
+    window: tuple[int, ...]
+    groups: int = 1
+    width: int = 2
+    batch: int = 1
+    dtype: torch.dtype = torch.float64
+    layouts: tuple[str, str] = ("contiguous", "channels_last")
+    slope_layout: str = "contiguous"
+    scale: float | None = None
+    seed: int = 0
+
+    def case(self, device: str = "cpu") -> MovCase:
+        shape = (self.batch, self.groups * self.width, *self.size)
+        q, k = (
+            laid_out(randn(*shape, seed=2 * self.seed + i, dtype=self.dtype).to(device), layout)
+            for i, layout in enumerate(self.layouts)
+        )
+        return MovCase(q, k, self.window, self.groups, self.scale)
+
+    def slope(self, device: str = "cpu") -> Tensor:
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        shape = (self.batch, len(self.size), *self.size)
+        return laid_out(randn(*shape, seed=99 + self.seed, dtype=dtype).to(device), self.slope_layout)
+
+
+@st.composite
+def mov_specs(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64,), least: int = 0) -> MovSpec:
+    """Any valid call that the interpreter ends within seconds."""
+    n = draw(st.sampled_from((2, 3)))
+    size = draw(st.tuples(*[st.integers(1, most) for most in ((5, 12) if n == 2 else (2, 3, 6))]))
+    window = draw(st.tuples(*[st.sampled_from((1, 3, 5))] * (n - 1), st.sampled_from((1, 3, 5, 9, 11, 15))))
+    batch = draw(st.integers(least, 2))
+    # Rows of keys that are read, times taps on them.
+    rows = batch * prod(s * min(w, s) for s, w in zip(size[:-1], window[:-1], strict=True))
+    assume(rows * min(window[-1], 2 * size[-1]) <= 90)
+    return MovSpec(
+        size,
+        window,
+        groups=draw(st.integers(1, 5)),
+        width=draw(st.sampled_from((1, 2, 3, 4, 5, 6, 8, 12, 16, 20, 33))),
+        batch=batch,
+        dtype=draw(st.sampled_from(dtypes)),
+        layouts=draw(st.tuples(*[st.sampled_from(KERNEL_LAYOUTS)] * 2)),
+        slope_layout=draw(st.sampled_from(SLOPE_LAYOUTS)),
+        scale=draw(st.sampled_from((None, 0.0, 0.1, 1.0, -2.0))),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def assert_within_budget(ours: list[Tensor], eager: list[Tensor], truth: list[Tensor], slack: float) -> None:
+    """Errors at most twice those of the eager formulation in the same precision, and a few roundings."""
+    for a, b, c in zip(ours, eager, truth, strict=True):
+        assert a.shape == c.shape
+        assert a.dtype == b.dtype
+        if a.numel():
+            rounding = 8 * torch.finfo(a.dtype).eps * (slack + float(c.abs().max()))
+            assert float((a - c).abs().max()) <= 2 * float((b - c).abs().max()) + rounding
 
 
 @st.composite

@@ -107,5 +107,6 @@ def test_refusals(monkeypatch):
     with refused("impl", "cuda"):
         compose(fine, coarse, impl="cuda")
     monkeypatch.setattr("coverfast.ops.dispatch.KERNELS", frozenset())
-    with refused("impl='triton'", "compose"):
+    monkeypatch.setattr("coverfast.ops.dispatch._HAS_TRITON", True)
+    with refused("impl='triton'", "compose", "this version has no Triton kernel for it"):
         compose(fine, coarse, impl="triton")

@@ -229,11 +229,12 @@ def test_refusals(monkeypatch):
     with refused("impl", "cuda"):
         vector_loss(pred, pred, impl="cuda")
     monkeypatch.setattr("coverfast.ops.dispatch.KERNELS", frozenset())
+    monkeypatch.setattr("coverfast.ops.dispatch._HAS_TRITON", True)
     for loss in (
         lambda: vector_loss(pred, pred, impl="triton"),
         lambda: end_point_error(pred, pred, impl="triton"),
     ):
-        with refused("impl='triton'", "losses"):
+        with refused("impl='triton'", "losses", "this version has no Triton kernel for it"):
             loss()
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from strategies import assert_near, gradients, leaves, randn, refused
 
+import coverfast.pyramid as module
 from coverfast import VectorPyramid, compose, mov, reference, upsample_dvf, warp
 from coverfast.pyramid import level_windows
 
@@ -98,6 +99,24 @@ def test_half_precision_features_give_a_float32_field():
         cast = pyramid(a, b)
     assert cast.dtype == torch.float32
     assert cast.isfinite().all()
+
+
+def test_autocast_matches_in_low_precision_and_gives_a_float32_field(monkeypatch):
+    dtypes = []
+
+    def spy(q, k, **options):
+        dtypes.extend((q.dtype, k.dtype))
+        return mov(q, k, **options)
+
+    monkeypatch.setattr(module, "mov", spy)
+    pyramid = VectorPyramid(2, (8, 4), (2, 1), 4, 3)
+    for projection in pyramid.projections:  # as autocast does on a GPU: norms in float32
+        projection.norm.register_forward_hook(lambda norm, inputs, out: out.float())
+    maps = [randn(1, c, s, s, dtype=torch.float32) for c, s in ((8, 4), (4, 8))]
+    with torch.autocast("cpu", torch.bfloat16):
+        psi = pyramid(maps, maps)
+    assert dtypes == [torch.bfloat16] * 4
+    assert psi.dtype == torch.float32
 
 
 def test_defaults():

@@ -307,7 +307,7 @@ def test_bad_settings_are_refused_before_anything_is_written(shard: Path, tmp_pa
         "window": ((4,), "odd"),
         "groups": ((1, 1), "channels must be 2"),
         "channels": ((8, 8, 8, 16, 12), "multiples of 8"),
-        "impl": ("triton", "impl='triton' cannot run mov"),
+        "impl": ("triton", "impl='triton' cannot run (mov|warp)"),
         "seed": (2**64, "seed must be at most"),
         "clip": (0, "clip must be at least"),
         "shear": (2.0, "below pi/2"),

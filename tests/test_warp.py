@@ -306,7 +306,8 @@ def test_refusals(monkeypatch):
     with refused("impl", "cuda"):
         warp(x, dvf, impl="cuda")
     monkeypatch.setattr("coverfast.ops.dispatch.KERNELS", frozenset())
-    with refused("impl='triton'", "warp"):
+    monkeypatch.setattr("coverfast.ops.dispatch._HAS_TRITON", True)
+    with refused("impl='triton'", "warp", "this version has no Triton kernel for it"):
         warp(x, dvf, impl="triton")
 
 
