@@ -72,7 +72,7 @@ def mov_flex(q: Tensor, k: Tensor, *, window: Sequence[int], groups: int = 1) ->
     grid = torch.meshgrid(*(torch.arange(s, device=q.device, dtype=torch.float32) for s in size), indexing="ij")
     own = torch.stack(grid, -1).reshape(pixels, n)
     values = F.pad(own, (0, 16 - n)).expand(batch, groups, pixels, 16)
-    attend = _compiled_flex() if q.is_cuda else flex_attention
+    attend: Callable[..., Tensor] = _compiled_flex() if q.is_cuda else flex_attention  # type: ignore[assignment]
     mask = _window_mask(tuple(size), tuple(window), q.device.type)
     found = attend(heads(q), heads(k), values, block_mask=mask, scale=d**-0.5)
     return (found[..., :n] - own).mean(1).transpose(1, 2).reshape(batch, n, *size)

@@ -126,11 +126,12 @@ def compare(
     results = []
     for name in [*dict.fromkeys([*names, *two])]:
         facts = (problem.name, problem.shape, problem.window, problem.groups, str(dtype)[6:], layout, name)
-        found = (errors.get(name), None, None, None, memory.get(name))
+        forward, both, spread = None, None, None
         if name in two:
             low, middle, high = statistics.quantiles(two[name], n=4)
-            found = (errors.get(name), statistics.median(one[name]), middle, high - low, memory.get(name))
-        results.append(Result(*facts, *found, *floors(problem), notes.get(name, "")))
+            forward, both, spread = statistics.median(one[name]), middle, high - low
+        times = (forward, both, spread, memory.get(name), *floors(problem))
+        results.append(Result(*facts, errors.get(name), *times, notes.get(name, "")))
     return results
 
 
@@ -207,7 +208,7 @@ def _error(problem: Problem, call: Call, dtype: torch.dtype, layout: str) -> flo
     exact = mov(*wide, window=problem.window, groups=problem.groups, impl="reference")
     g = torch.randn_like(exact)
     out = call(q, k)
-    pairs = [(out, exact, max(problem.window) // 2)]
+    pairs = [(out, exact, float(max(problem.window) // 2))]
     slopes = torch.autograd.grad(out, (q, k), g.to(out.dtype)), torch.autograd.grad(exact, wide, g)
     pairs += [(a, b, float(b.abs().max())) for a, b in zip(*slopes, strict=True)]
     return max(float((a.double() - b).abs().max()) / max(1e-30, size) for a, b, size in pairs)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from coverfast.bench.problems import Problem, preset_problems
 from coverfast.checks import check_choice, require
-from coverfast.kernels.launch import ARCHITECTURES, INTERPRETED, Launch
+from coverfast.kernels import INTERPRETED
+from coverfast.kernels.launch import ARCHITECTURES, Launch
 from coverfast.ops import mov as op
 from coverfast.ops.dispatch import KERNELS
 
@@ -38,11 +39,12 @@ def launches(problem: Problem, dtype: torch.dtype, target: str) -> Iterator[Laun
 
     q = torch.empty(problem.shape, dtype=dtype, device="meta")
     q = q.to(memory_format=torch.channels_last if q.ndim == 4 else torch.channels_last_3d)
-    arguments = (problem.window, problem.groups, 1.0, ARCHITECTURES[target])
-    outputs = op._new_outputs(q, problem.groups)
-    yield kernels.forward_launch(q, q, *outputs, *arguments)
+    window, groups, on = problem.window, problem.groups, ARCHITECTURES[target]
+    outputs = op._new_outputs(q, groups)
+    yield kernels.forward_launch(q, q, *outputs, window, groups, 1.0, on)
     gradients = op._gradient_like(q), op._gradient_like(q)
-    yield from kernels.backward_launches(torch.empty_like(outputs[0]), q, q, *outputs, *gradients, *arguments)
+    grad = torch.empty_like(outputs[0])
+    yield from kernels.backward_launches(grad, q, q, *outputs, *gradients, window, groups, 1.0, on)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,9 @@ def compile_launch(launch: Launch, target: str) -> Any:
 def measure(launch: Launch, target: str, levels: str) -> Row:
     """Compile a launch and read what came of it."""
     compiled, c = compile_launch(launch, target), launch.constants
+    a_tap: float | None = None
+    executed: float | None = None
+    loads: str | None = None
     if target.startswith("sm_"):
         usage, assembly = _dump(compiled.asm["cubin"], "--dump-resource-usage"), _dump(compiled.asm["cubin"], "-sass")
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
@@ -97,7 +102,6 @@ def measure(launch: Launch, target: str, levels: str) -> Row:
         text = compiled.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", text)[0])
         spills = int(re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text)[0])
-        a_tap = executed = loads = None
     shape = f"{c['ROWS']}x{c['TAPS']} {c['TILE']}x{c['LANES']} {launch.warps}"
     dtype = str(launch.arguments["q"].dtype).removeprefix("torch.")  # type: ignore[union-attr]
     name = launch.kernel.__name__.removesuffix("_kernel")

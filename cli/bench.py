@@ -47,6 +47,7 @@ def mov(
     """
     import torch
 
+    from coverfast.bench.measure import write_results
     from coverfast.bench.problems import preset_problems, single_problem
     from coverfast.checks import check_choice, check_window, require
 
@@ -66,12 +67,10 @@ def mov(
         problems = [single_problem(size, w, channels, groups, batch) for w in windows]
     if device == "cpu":
         rows = [row for p in problems for row in _mov_on_cpu(p, repeats)]
+        if save is not None:
+            write_results(save, rows, device)
     else:
-        rows = _mov_on_gpu(problems, getattr(torch, dtype), against or _VARIANTS, layout, repeats)
-    if save is not None:
-        from coverfast.bench.measure import write_results
-
-        write_results(save, rows, device)
+        _mov_on_gpu(problems, getattr(torch, dtype), against or _VARIANTS, layout, max(2, repeats), save)
 
 
 def _mov_on_cpu(problem: Problem, repeats: int) -> list[dict[str, Any]]:
@@ -97,19 +96,23 @@ def _mov_on_cpu(problem: Problem, repeats: int) -> list[dict[str, Any]]:
     return [{"problem": problem.name, **dict(zip(names, row, strict=True))} for row in rows]
 
 
-def _mov_on_gpu(problems: list[Problem], dtype: Any, names: Sequence[str], layout: str, repeats: int) -> list[Any]:
+def _mov_on_gpu(
+    problems: list[Problem], dtype: Any, names: Sequence[str], layout: str, repeats: int, save: Path | None
+) -> None:
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
-    from coverfast.bench.gpu import compare, quiet_compiler
-    from coverfast.bench.measure import provenance
+    from coverfast.bench.gpu import Result, compare, quiet_compiler
+    from coverfast.bench.measure import provenance, write_results
 
     console = Console()
-    results = []
+    results: list[Result] = []
     with quiet_compiler():
         for problem in track(problems, "measuring", console=console):
             results += compare(problem, dtype, names, layout, repeats)
+            if save is not None:  # as they come: a long comparison may be cut off
+                write_results(save, [asdict(r) for r in results], "cuda")
     table = Table(title=f"mov, {str(dtype)[6:]}, {layout}")
     for heading in ("problem", "variant", "error", "forward ms", "fwd + bwd ms", "spread", "of floor", "extra MB"):
         table.add_column(heading, justify="left" if heading in ("problem", "variant") else "right")
@@ -124,7 +127,6 @@ def _mov_on_gpu(problems: list[Problem], dtype: Any, names: Sequence[str], layou
         table.add_row(r.problem, r.variant, error, *times, shown(ratio, 1), shown(r.extra_mb, 0))
     console.print(table)
     console.print(provenance("cuda"), highlight=False)
-    return [asdict(r) for r in results]
 
 
 @app.command()
@@ -137,7 +139,7 @@ def agree(save: Annotated[Path | None, typer.Option(help="JSON file to write")] 
     from coverfast.bench.agreement import agreements
     from coverfast.bench.measure import write_results
     from coverfast.checks import require
-    from coverfast.kernels.launch import INTERPRETED
+    from coverfast.kernels import INTERPRETED
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     require(device == "cuda" or INTERPRETED, "agree needs a GPU, or TRITON_INTERPRET=1 to interpret the kernels")
@@ -179,14 +181,17 @@ def tune(
     require(torch.cuda.is_available(), "tune times kernels on a GPU, but torch finds none")
     console = Console()
     problems = [preset_problems(name)[level] for name in preset]
-    grid = [
-        dict(zip(("rows", "taps", "tile"), v, strict=True))
-        for v in product((1, 2, 3, 4), (2, 3, 4, 5, 7), (32, 64, 128))
+    jobs = [
+        (problem, {"rows": rows, "taps": taps, "tile": max(1, lanes // problem.groups)})
+        for problem in problems
+        for rows, taps, lanes in product((1, 2, 3, 4), (2, 3, 4, 5, 7), (64, 128))
+        if taps <= problem.window[-1]
     ]
-    jobs = [(p, values) for p in problems for values in grid if values["taps"] <= p.window[-1]]
-    rows = [
-        row for p, v in track(jobs, "timing", console=console) for row in sweep(p, getattr(torch, dtype), [v], repeats)
-    ]
+    rows: list[dict[str, Any]] = []
+    for problem, values in track(jobs, "timing", console=console):
+        rows += sweep(problem, getattr(torch, dtype), [values], repeats)
+        if save is not None:
+            write_results(save, rows, "cuda")
     table = Table(title=f"mov, {dtype}, channels-last: the ten fastest of each")
     for heading in ("problem", "rows", "taps", "tile", "forward ms", "fwd + bwd ms"):
         table.add_column(heading, justify="left" if heading == "problem" else "right")
@@ -196,8 +201,6 @@ def tune(
             numbers = (str(r[n]) for n in ("rows", "taps", "tile"))
             table.add_row(problem.name, *numbers, f"{r['forward_ms']:.3f}", f"{r['both_ms']:.3f}")
     console.print(table)
-    if save is not None:
-        write_results(save, rows, "cuda")
 
 
 def _merged(levels: Sequence[str]) -> str:
@@ -241,8 +244,8 @@ def static(
             if row.target == name:
                 counts = ("-" if c is None else f"{c:.1f}" for c in (row.a_tap, row.executed))
                 launch = row.shape.split()[0].split("x")
-                numbers = map(str, (*launch, row.registers, row.spills, row.shared))
-                line = (row.kernel.removeprefix("mov_"), *numbers, *counts, row.loads or "-")
+                sizes = map(str, (*launch, row.registers, row.spills, row.shared))
+                line = (row.kernel.removeprefix("mov_"), *sizes, *counts, row.loads or "-")
                 lines.setdefault(line, []).append(row.levels.replace("paper-", ""))
         for (kernel, *numbers), levels in lines.items():
             shown.add_row(kernel, _merged(levels), *numbers)

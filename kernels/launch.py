@@ -6,7 +6,6 @@ instructions speaks of the kernels that training runs.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -16,9 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-#: Whether kernels run in Triton's interpreter, on the CPU. Triton decides when a kernel is defined, at import.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 @dataclass(frozen=True)

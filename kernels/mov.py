@@ -178,7 +178,7 @@ def _common(
     words, on = width * (2 if double else 1), on or architecture_of(q)
     shape = choose(size, batch, groups, words, 2 * radius_x + 1, on, backward=backward)
     unit = min(_unit(q, width), _unit(k, width))
-    strides = {}
+    strides: dict[str, int] = {}
     for name, x in (("q", q), ("k", k)):
         s_b, _, *s = x.stride()
         strides |= {f"{name}_b": s_b // unit, f"{name}_z": (s[0] if len(s) == 3 else 0) // unit}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from coverfast.kernels.launch import INTERPRETED
+from coverfast.kernels import INTERPRETED
 
 # No deadline, few examples, the same ones on every run in CI.
 settings.register_profile(

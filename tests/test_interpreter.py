@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coverfast.kernels.launch import INTERPRETED
+from coverfast.kernels import INTERPRETED
 from coverfast.ops.dispatch import KERNELS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from coverfast.checks import InputError, check_choice
-from coverfast.kernels.launch import INTERPRETED
+from coverfast.kernels import INTERPRETED
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,7 +2,8 @@
 
 import pytest
 
-from coverfast.kernels.launch import INTERPRETED, Launch
+from coverfast.kernels import INTERPRETED
+from coverfast.kernels.launch import Launch
 
 
 @pytest.fixture(scope="session")

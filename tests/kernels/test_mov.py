@@ -23,8 +23,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from coverfast import mov
+from coverfast.kernels import INTERPRETED
 from coverfast.kernels import mov as kernels
-from coverfast.kernels.launch import INTERPRETED, override
+from coverfast.kernels.launch import override
 from coverfast.ops.mov import _new_outputs
 
 if not (INTERPRETED or torch.cuda.is_available()):
