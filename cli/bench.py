@@ -127,6 +127,10 @@ def _mov_on_gpu(
         table.add_row(r.problem, r.variant, error, *times, shown(ratio, 1), shown(r.extra_mb, 0))
     console.print(table)
     console.print(provenance("cuda"), highlight=False)
+    failed = [r for r in results if r.variant.startswith("coverfast") and r.note]
+    if failed:
+        console.print("\n".join(f"{r.problem}: {r.variant}: {r.note}" for r in failed), highlight=False)
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coverfast.checks import InputError, check_choice, check_map, check_same, check_window, require, shape_of
 from coverfast.geometry import upsample_dvf
 from coverfast.ops.compose import compose
-from coverfast.ops.dispatch import IMPLEMENTATIONS
+from coverfast.ops.dispatch import IMPLEMENTATIONS, choose
 from coverfast.ops.mov import mov
 from coverfast.ops.warp import warp
 
@@ -41,14 +42,20 @@ class Projection(nn.Module):
         """The convolution without its bias."""
         return (F.conv2d if x.ndim == 4 else F.conv3d)(x, self.conv.weight)
 
-    def finish(self, x: Tensor) -> Tensor:
-        """The bias and the norm, in the dtype of `x`: autocast would leave float32, twice the bytes for `mov`."""
-        assert self.conv.bias is not None
-        return self.norm(x + self.conv.bias.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2))).to(x.dtype)
+    def finish(self, x: Tensor, *, rows: bool = False) -> Tensor:
+        """The bias and the norm, in the dtype of `x`: autocast would leave float32, twice the bytes for `mov`.
 
-    def forward(self, x: Tensor) -> Tensor:
+        With `rows` channels-last, in the same pass: the Triton kernels of `mov` then read it in place.
+        """
+        assert self.conv.bias is not None
+        y = self.norm(x + self.conv.bias.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2)))
+        if not rows:
+            return y.to(x.dtype)
+        return y.to(x.dtype, memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+
+    def forward(self, x: Tensor, *, rows: bool = False) -> Tensor:
         """Both halves."""
-        return self.finish(self.linear(x))
+        return self.finish(self.linear(x), rows=rows)
 
 
 class VectorPyramid(nn.Module):
@@ -125,7 +132,8 @@ class VectorPyramid(nn.Module):
             keys = project.linear(a)
             if levels:
                 keys = warp(keys, upsample_dvf(levels[-1], a.shape[2:]), impl=self.impl)
-            queries, keys = project(b), project.finish(keys)
+            rows = choose("mov", self.impl, keys) == "triton"
+            queries, keys = project(b, rows=rows), project.finish(keys, rows=rows)
             found = mov(queries, keys, window=window, groups=groups, impl=self.impl)
             levels.append(compose(found, levels[-1], impl=self.impl) if levels else found)
         return levels if return_levels else levels[-1]
