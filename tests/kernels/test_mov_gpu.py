@@ -10,6 +10,7 @@ from strategies import DTYPES, SLOPE_LAYOUTS, MovCase, MovSpec, assert_near, ass
 from torch import Tensor
 
 from coverfast import mov
+from coverfast.kernels.launch import override
 
 pytestmark = pytest.mark.gpu
 
@@ -132,7 +133,9 @@ def test_two_hundred_shapes():
             scale=draw.choice((None, 1.0, -0.5)),
             seed=index,
         )
-        ours, theirs = ([x.cpu() for x in _results(spec, *run)] for run in (("cuda", "triton"), ("cpu", "reference")))
+        with override(rows=(4, 3, 2, 1, 4, 2)[index % len(KINDS)]):  # small grids alone would never share four rows
+            ours = [x.cpu() for x in _results(spec, "cuda", "triton")]
+        theirs = [x.cpu() for x in _results(spec, "cpu", "reference")]
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10, msg=lambda message, s=spec: f"{s}: {message}")
 
