@@ -8,7 +8,6 @@ view b and points into view a (backward warping): `x_b(p) = x_a(p + psi(p))`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,22 +47,7 @@ def affine_dvf(
         `(B, n, *S)` in pixels, dtype of `theta`. A crop's field equals the crop of the whole field, bit for bit,
         and the field of the identity is exactly zero.
     """
-    n = _check_theta(theta)
-    size = per_axis("size", size, n)
-    full = size if full_size is None else full_size
-    centre = (_per_sample("full_size", full, theta) - 1) / 2
-    start = _per_sample("origin", origin, theta, least=None)
-    # (A - I)(p - c) + t: nothing to cancel, so the identity is exactly zero.
-    shift = theta[:, :, :n] - torch.eye(n, dtype=theta.dtype, device=theta.device)
-    arms = [p + (start[:, i] - centre[:, i]).reshape(-1, *[1] * n) for i, p in enumerate(axis_coordinates(size, theta))]
-    channels = []
-    for i in range(n):
-        terms = [shift[:, i, j].reshape(-1, *[1] * n) * arms[j] for j in range(n)]
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        channels.append(total + theta[:, i, n].reshape(-1, *[1] * n))
-    return torch.stack(channels, dim=1)
+    return AffineDVF(theta, size, full_size=full_size, origin=origin).dense()
 
 
 def _check_theta(theta: Tensor) -> int:
@@ -87,21 +71,57 @@ def _per_sample(name: str, value: Size | Tensor, theta: Tensor, least: int | Non
     return torch.tensor(values, dtype=theta.dtype, device=theta.device).expand(theta.shape[0], n)
 
 
-@dataclass(frozen=True, eq=False)
 class AffineDVF:
     """An affine ground-truth field kept as its few numbers; accepted wherever a target field is.
 
-    Arguments as in `affine_dvf`. `dense()` writes the field, so that a fused operator need not.
+    Arguments as in `affine_dvf`. The Triton kernels compute the field in registers; `dense()` writes it.
+
+    Attributes:
+        numbers: `(B, n, n + 3)`, `A | t | c | o` a sample and axis: the map, the image's centre, the first pixel.
+        size: size `*S` of the field.
     """
 
-    theta: Tensor
-    size: tuple[int, ...]
-    full_size: tuple[int, ...] | Tensor | None = None
-    origin: int | tuple[int, ...] | Tensor = 0
+    def __init__(
+        self, theta: Tensor, size: Size, *, full_size: Size | Tensor | None = None, origin: Size | Tensor = 0
+    ) -> None:
+        n = _check_theta(theta)
+        self.size = per_axis("size", size, n)
+        centre = (_per_sample("full_size", self.size if full_size is None else full_size, theta) - 1) / 2
+        start = _per_sample("origin", origin, theta, least=None)
+        self.numbers = torch.cat([theta, centre[..., None], start[..., None]], 2)
+
+    @classmethod
+    def of(cls, numbers: Tensor, size: tuple[int, ...]) -> AffineDVF:
+        """From its attributes."""
+        field = cls.__new__(cls)
+        field.numbers, field.size = numbers, size
+        return field
+
+    @property
+    def theta(self) -> Tensor:
+        """`A | t`, `(B, n, n + 1)`."""
+        return self.numbers[..., :-2]
+
+    @property
+    def origin(self) -> Tensor:
+        """Index of the field's first pixel in the whole image, `(B, n)` int64."""
+        return self.numbers[..., -1].long()
 
     def dense(self) -> Tensor:
         """The field itself, `(B, n, *S)`."""
-        return affine_dvf(self.theta, self.size, full_size=self.full_size, origin=self.origin)
+        n, numbers = len(self.size), self.numbers
+        # (A - I)(p - c) + t: nothing to cancel, so the identity is exactly zero.
+        shift = numbers[..., :n] - torch.eye(n, dtype=numbers.dtype, device=numbers.device)
+        away = numbers[..., -1] - numbers[..., -2]
+        arms = [p + away[:, i].reshape(-1, *[1] * n) for i, p in enumerate(axis_coordinates(self.size, numbers))]
+        channels = []
+        for i in range(n):
+            terms = [shift[:, i, j].reshape(-1, *[1] * n) * arms[j] for j in range(n)]
+            total = terms[0]
+            for term in terms[1:]:
+                total = total + term
+            channels.append(total + numbers[:, i, n].reshape(-1, *[1] * n))
+        return torch.stack(channels, dim=1)
 
 
 def as_dvf(field: Tensor | AffineDVF) -> Tensor:
@@ -145,6 +165,20 @@ def upsample_dvf(coarse: Tensor, size: Size) -> Tensor:
         after = torch.cat([out.narrow(axis, 1, out.shape[axis] - 1), out.narrow(axis, -1, 1)], axis)
         pair = torch.stack([0.75 * out + 0.25 * before, 0.75 * out + 0.25 * after], axis + 1)
         out = pair.flatten(axis, axis + 1)
+    return out
+
+
+def downsample_gradient(grad: Tensor) -> Tensor:
+    """The transpose of `upsample_dvf`: what a gradient `(B, n, *2S)` of the fine field is to the coarse one."""
+    out = 2 * grad
+    for axis in range(2, out.ndim):
+        even, odd = out.unflatten(axis, (-1, 2)).unbind(axis + 1)
+        last = even.shape[axis] - 1
+        out = 0.75 * (even + odd)
+        out.narrow(axis, 0, last).add_(even.narrow(axis, 1, last), alpha=0.25)
+        out.narrow(axis, 0, 1).add_(even.narrow(axis, 0, 1), alpha=0.25)
+        out.narrow(axis, 1, last).add_(odd.narrow(axis, 0, last), alpha=0.25)
+        out.narrow(axis, last, 1).add_(odd.narrow(axis, last, 1), alpha=0.25)
     return out
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def channels_last(x: Tensor) -> torch.memory_format:
-    """torch's name of the layout in rows of channels, for as many axes as `x` has."""
+    """Torch's name of the layout in rows of channels, for as many axes as `x` has."""
     return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
 
 

@@ -14,9 +14,7 @@ import triton.language as tl
 
 
 @triton.jit
-def place(
-    size_z, size_y, size_x, LANES: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, WIDE: tl.constexpr
-):
+def place(size_z, size_y, size_x, LANES: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, WIDE: tl.constexpr):
     """Sample and plane of this program; y, x, block of channels of its lanes; which lanes have a pixel of the grid."""
     tiles_x, tiles_y = tl.cdiv(size_x, TILE_X), tl.cdiv(size_y, TILE_Y)
     program = tl.program_id(0)
@@ -52,7 +50,7 @@ def displacement(
     field, f_b, f_c, f_z, f_y, f_x, b, z, y, x, keep, size_z, size_y, size_x,
     NDIM: tl.constexpr, FIELD: tl.constexpr,
 ):  # fmt: skip
-    """psi along (z, y, x) at pixels (z, y, x) of a grid of this size, as a tuple; 0 along z in 2D."""
+    """Psi along (z, y, x) at pixels (z, y, x) of a grid of this size, as a tuple; 0 along z in 2D."""
     psi = ()
     if FIELD == "affine":
         numbers = field + b * (NDIM * (NDIM + 3))
@@ -118,7 +116,7 @@ def points_inside(psi, z, y, x, size_z, size_y, size_x, NDIM: tl.constexpr):
 
 @triton.jit
 def cell(c, size, WIDE: tl.constexpr, BORDER: tl.constexpr):
-    """The cell of coordinate `c`; what is out of reach, infinite or NaN lies in a cell beyond the grid (or at its border)."""
+    """The cell of coordinate `c`; out of reach, infinite or NaN, it is one beyond the grid (`BORDER`: at its edge)."""
     if BORDER:
         sloped = (c >= 0) & (c < size - 1)
         c = tl.minimum(tl.maximum(tl.where(c == c, c, 0.0), 0.0), (size - 1).to(c.dtype))
@@ -167,7 +165,7 @@ def corner_of(
 def slope_signs(
     cells, size_z, size_y, size_x, BZ: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, NDIM: tl.constexpr
 ):
-    """d weight / d coordinate along (z, y, x) of one corner of a cell, 0 where the slope does not count."""
+    """D weight / d coordinate along (z, y, x) of one corner of a cell, 0 where the slope does not count."""
     w_z, w_y, w_x = cells[0][1], cells[1][1], cells[2][1]
     w_z, w_y, w_x = w_z if BZ else 1 - w_z, w_y if BY else 1 - w_y, w_x if BX else 1 - w_x
     if NDIM == 2:

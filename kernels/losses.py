@@ -35,9 +35,7 @@ def field_errors_launch(
     """The launch that fills partials `(programs, 4)`, and these."""
     arguments, constants, programs, warps = _fields(pred, field, form, mask, inside, on)
     partials = pred.new_empty((programs, 4), dtype=torch.promote_types(pred.dtype, field.dtype))
-    launch = Launch(
-        device.field_errors_forward_kernel, programs, warps, {**arguments, "partials": partials}, constants
-    )
+    launch = Launch(device.field_errors_forward_kernel, programs, warps, {**arguments, "partials": partials}, constants)
     return launch, partials
 
 
@@ -91,9 +89,7 @@ def consistency_launch(
     """The launch that fills partials `(programs, 2)`, and these."""
     arguments, constants, programs, warps = _features(feat_a, feat_b, field, form, mask, inside, on)
     partials = feat_a.new_empty((programs, 2), dtype=accumulator(feat_a)[0])
-    launch = Launch(
-        device.consistency_forward_kernel, programs, warps, {**arguments, "partials": partials}, constants
-    )
+    launch = Launch(device.consistency_forward_kernel, programs, warps, {**arguments, "partials": partials}, constants)
     return launch, partials
 
 

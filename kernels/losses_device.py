@@ -62,7 +62,7 @@ def field_errors_forward_kernel(
 
 @triton.jit
 def _over(value, norm):
-    """value / norm, 0 where both are."""
+    """Value / norm, 0 where both are."""
     return tl.where(norm == 0, 0.0, value / tl.where(norm == 0, 1.0, norm))
 
 
@@ -82,7 +82,8 @@ def field_errors_backward_kernel(
     true = displacement(field, f_b, f_c, f_z, f_y, f_x, b, z, y, x, keep, size_z, size_y, size_x, NDIM, FIELD)
     on = _counted(mask, true, b, z, y, x, keep, size_z, size_y, size_x, NDIM, MASK)
     gap = _gap(psi, true)
-    of_l1, of_l2, of_still = tl.load(grad), tl.load(grad + 1), tl.load(grad + 2)
+    kind = d_pred.dtype.element_ty
+    of_l1, of_l2, of_still = tl.load(grad).to(kind), tl.load(grad + 1).to(kind), tl.load(grad + 2).to(kind)
     size = size_z.to(tl.int64) * size_y * size_x
     at = b * NDIM * size + z.to(tl.int64) * size_y * size_x + (y * size_x + x)
     for i in tl.static_range(3 - NDIM, 3):

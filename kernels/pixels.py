@@ -133,7 +133,11 @@ def fixed_point(values: Tensor, dtype: torch.dtype, addends: int) -> FixedPoint:
 
     A sum of 2^21 pixels is exact to 2^-40 of the largest value. Where a value is not finite all sums are NaN.
     """
-    top = torch.linalg.vector_norm(values, torch.inf, dtype=dtype) if values.numel() else values.new_zeros((), dtype=dtype)
+    top = (
+        torch.linalg.vector_norm(values, torch.inf, dtype=dtype)
+        if values.numel()
+        else values.new_zeros((), dtype=dtype)
+    )
     bits = 61 - max(1, addends).bit_length()
     scale = torch.exp2(bits - top.clamp(min=2.0**-60).log2().ceil())
     return FixedPoint(scale, torch.where(top.isfinite(), 1 / scale, torch.nan))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from coverfast import reference
@@ -33,6 +34,52 @@ def compose(fine: Tensor, coarse: Tensor, *, impl: str = "auto") -> Tensor:
             f"fine must be exactly twice the size of coarse, {shape_of(coarse)[2:]}, got {shape_of(fine)[2:]}"
         )
     chosen = choose("compose", impl, fine)
+    if chosen == "triton":
+        return torch.ops.coverfast.compose_forward(fine, coarse)
     if chosen == "reference":
         return reference.compose(fine, coarse)
     return fine + warp(upsample_dvf(coarse, fine.shape[2:]), fine, padding="border", impl=chosen)
+
+
+# --- operators: Triton alone; in torch it is the two steps, which torch.compile sees through -------------------------
+
+
+@torch.library.custom_op("coverfast::compose_forward", mutates_args=(), schema="(Tensor fine, Tensor coarse) -> Tensor")
+def _forward(fine: Tensor, coarse: Tensor) -> Tensor:
+    from coverfast.kernels import compose as kernels
+
+    out = fine.new_empty(fine.shape)
+    kernels.forward_launch(fine, coarse, out).run()
+    return out
+
+
+@_forward.register_fake
+def _(fine: Tensor, coarse: Tensor) -> Tensor:
+    return fine.new_empty(fine.shape)
+
+
+@torch.library.custom_op(
+    "coverfast::compose_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor fine, Tensor coarse) -> (Tensor, Tensor)",
+)
+def _backward(grad: Tensor, fine: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+    from coverfast.kernels import compose as kernels
+
+    return kernels.backward(grad, fine, coarse)
+
+
+@_backward.register_fake
+def _(grad: Tensor, fine: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+    return fine.new_empty(fine.shape), coarse.new_empty(coarse.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx, grad):  # type: ignore[no-untyped-def]
+    return torch.ops.coverfast.compose_backward(grad, *ctx.saved_tensors)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

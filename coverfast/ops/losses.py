@@ -7,7 +7,7 @@ global batch when the batch is split. Everything is computed in float32 (float64
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,52 @@ from torch import Tensor
 from coverfast import reference
 from coverfast.checks import InputError, check_dvf, check_map, check_same, shape_of
 from coverfast.geometry import AffineDVF, as_dvf, inside_mask
+from coverfast.ops import losses_operators as _registered  # noqa: F401
 from coverfast.ops.dispatch import choose
-from coverfast.ops.warp import warp
+from coverfast.ops.warp import Field, warp
 
 Mask = Tensor | Literal["inside"] | None
-Field = Tensor | AffineDVF
+
+
+class FieldErrors(NamedTuple):
+    """How far a predicted field is from the true one: scalars.
+
+    Attributes:
+        l1: the vector loss, `vector_loss`.
+        epe: the end-point error, `end_point_error`, in pixels.
+        still: the end-point error of predicting no displacement.
+        mask: share of pixels that count.
+    """
+
+    l1: Tensor
+    epe: Tensor
+    still: Tensor
+    mask: Tensor
+
+
+def field_errors(
+    pred: Tensor,
+    target: Field,
+    mask: Mask = None,
+    *,
+    denominator: Tensor | float | None = None,
+    impl: str = "auto",
+) -> FieldErrors:
+    """Loss and figures of merit of a field at once: one pass over the pixels in Triton. Arguments of `vector_loss`."""
+    if choose("losses", impl, pred) == "triton":
+        sums = _triton_sums(pred, target, mask)
+        count = sums[3].clamp(min=1)
+        means = (sums[:3] / count).to(pred.dtype)
+        l1 = means[0] if denominator is None else (sums[0] / denominator).to(pred.dtype)
+        share = sums[3] / max(1, pred[:, 0].numel())
+        return FieldErrors(l1, means[1].detach(), means[2].detach(), share.to(pred.dtype).detach())
+    loss = vector_loss(pred, target, mask, denominator=denominator, impl=impl)
+    with torch.no_grad():
+        dense, where = _check_fields(pred, target, mask)
+        epe = end_point_error(pred, dense, where, impl=impl)
+        still = end_point_error(torch.zeros_like(dense), dense, where, impl=impl)
+        share = loss.new_ones(()) if where is None else where.to(pred.dtype).mean()
+    return FieldErrors(loss, epe, still, share)
 
 
 def vector_loss(
@@ -34,7 +75,7 @@ def vector_loss(
 
     Args:
         pred: `(B, n, *S)` in pixels, float32 or float64.
-        target: the true field, a tensor like `pred` or an `AffineDVF`.
+        target: the true field, a tensor like `pred` or an `AffineDVF`, which Triton never writes out.
         mask: see the module; a pixel outside it counts neither in the sum nor in the denominator.
         denominator: what to divide by, default `max(1, masked pixels)` of this batch.
         impl: "auto", "triton", "torch" or "reference".
@@ -42,16 +83,24 @@ def vector_loss(
     Returns:
         Scalar, in pixels.
     """
+    chosen = choose("losses", impl, pred)
+    if chosen == "triton":
+        sums = _triton_sums(pred, target, mask)
+        return (sums[0] / (sums[3].clamp(min=1) if denominator is None else denominator)).to(pred.dtype)
     dense, where = _check_fields(pred, target, mask)
-    if choose("losses", impl, pred) == "reference":
+    if chosen == "reference":
         return reference.vector_loss(pred, dense, where, denominator)
     return _masked_mean((pred - dense).abs().sum(1, keepdim=True), where, denominator)
 
 
 def end_point_error(pred: Tensor, target: Field, mask: Mask = None, *, impl: str = "auto") -> Tensor:
     """Mean Euclidean distance between predicted and true field over masked pixels, in pixels. Arguments as above."""
+    chosen = choose("losses", impl, pred)
+    if chosen == "triton":
+        sums = _triton_sums(pred, target, mask)
+        return (sums[1] / sums[3].clamp(min=1)).to(pred.dtype)
     dense, where = _check_fields(pred, target, mask)
-    if choose("losses", impl, pred) == "reference":
+    if chosen == "reference":
         return reference.end_point_error(pred, dense, where)
     return _masked_mean(_norm(pred - dense, 0.0), where, None)
 
@@ -68,12 +117,13 @@ def consistency_loss(
     """1 - mean cosine between `feat_b` and `feat_a` warped by the true field (COVER Sec. 3.2, L_con).
 
     Args:
-        feat_a: features of view a, `(B, C, *S)`, floating.
+        feat_a: features of view a, `(B, C, *S)`, floating. Their gradient scatters, as that of `warp` does.
         feat_b: features of view b, same shape, dtype and device.
         dvf: the true field from b into a, `(B, n, *S)` or an `AffineDVF`.
         mask: see the module.
         denominator: what to divide the sum of cosines by, default `max(1, masked pixels)` of this batch.
-        impl: "auto", "triton", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference". Triton warps, multiplies and sums in one pass: neither the
+            warped features nor field or mask are written.
 
     Returns:
         Scalar in [0, 2]. Norms below 1e-6 count as 1e-6.
@@ -81,20 +131,71 @@ def consistency_loss(
     n = check_map("feat_a", feat_a)
     check_map("feat_b", feat_b)
     check_same("feat_b", feat_b, "feat_a", feat_a, "shape", "dtype", "device")
-    dense = as_dvf(dvf)
-    if check_dvf("dvf", dense) != n:
-        raise InputError(f"dvf must have the {n} spatial axes of feat_a, got {dense.ndim - 2}")
-    check_same("dvf", dense, "feat_a", feat_a, "batch", "size", "device")
-    where = _check_mask(mask, dense)
     chosen = choose("losses", impl, feat_a)
-    if chosen == "reference":
-        return reference.consistency_loss(feat_a, feat_b, dense, where, denominator)
     dtype = torch.float64 if feat_a.dtype == torch.float64 else torch.float32
-    a, b = warp(feat_a, dense, impl=chosen).to(dtype), feat_b.to(dtype)
+    field, form = _form(dvf) if chosen == "triton" else (as_dvf(dvf), "dense")
+    size = feat_a.shape[2:]
+    if form == "dense":
+        if check_dvf("dvf", field) != n:
+            raise InputError(f"dvf must have the {n} spatial axes of feat_a, got {field.ndim - 2}")
+        check_same("dvf", field, "feat_a", feat_a, "batch", "size", "device")
+    else:
+        _check_affine("dvf", dvf, "feat_a", feat_a)
+    if chosen == "triton":
+        where, inside = _mask_of(mask, field, size)
+        sums = torch.ops.coverfast.consistency_forward(feat_a, feat_b, field, form, where, inside)
+        return (1 - sums[0] / (sums[1].clamp(min=1) if denominator is None else denominator)).to(dtype)
+    where = _check_mask(mask, field)
+    if chosen == "reference":
+        return reference.consistency_loss(feat_a, feat_b, field, where, denominator)
+    a, b = warp(feat_a, field, impl=chosen).to(dtype), feat_b.to(dtype)
     if where is not None:  # features may be anything where they do not count, also in the gradient
         a, b = a.masked_fill(~where, 0), b.masked_fill(~where, 0)
     cosine = (a * b).sum(1, keepdim=True) / (_norm(a, 1e-6) * _norm(b, 1e-6))
     return 1 - _masked_mean(cosine, where, denominator)
+
+
+# --- what Triton takes -----------------------------------------------------------------------------------------------
+
+
+def _form(target: Field) -> tuple[Tensor, str]:
+    """The numbers of an affine field, or a dense one; an affine field that asks for a gradient is written out."""
+    if isinstance(target, AffineDVF) and not target.numbers.requires_grad:
+        return target.numbers, "affine"
+    return as_dvf(target), "dense"
+
+
+def _triton_sums(pred: Tensor, target: Field, mask: Mask) -> Tensor:
+    """Sums over the pixels that count: L1, L2, L2 of the true field, 1; `(4,)` float64."""
+    check_dvf("pred", pred)
+    field, form = _form(target)
+    if form == "dense":
+        check_dvf("target", field)
+        check_same("target", field, "pred", pred, "shape", "device")
+    else:
+        _check_affine("target", target, "pred", pred)
+    where, inside = _mask_of(mask, field, pred.shape[2:])
+    return torch.ops.coverfast.field_errors_forward(pred, field, form, where, inside)
+
+
+def _check_affine(name: str, field: Field, other_name: str, other: Tensor) -> None:
+    assert isinstance(field, AffineDVF)
+    found, expected = (len(field.numbers), *field.size), (len(other), *shape_of(other)[2:])
+    if found != expected:
+        raise InputError(f"{name} must have the batch and size of {other_name}, {expected}, got {found}")
+    check_same(name, field.numbers, other_name, other, "device")
+
+
+def _mask_of(mask: Mask, field: Tensor, size: torch.Size) -> tuple[Tensor | None, bool]:
+    """The mask as contiguous bytes, or whether the kernel makes it."""
+    if isinstance(mask, Tensor):
+        return _check_given(mask, (len(field), 1, *size), field).contiguous().view(torch.uint8), False
+    if mask not in (None, "inside"):
+        raise InputError(f"mask must be a bool tensor, 'inside' or None, got {mask!r}")
+    return None, mask == "inside"
+
+
+# --- torch -----------------------------------------------------------------------------------------------------------
 
 
 def _check_fields(pred: Tensor, target: Field, mask: Mask) -> tuple[Tensor, Tensor | None]:
@@ -114,8 +215,11 @@ def _check_mask(mask: Mask, dvf: Tensor) -> Tensor | None:
         return inside_mask(dvf)
     if not isinstance(mask, Tensor):
         raise InputError(f"mask must be a bool tensor, 'inside' or None, got {type(mask).__name__}")
-    check_same("mask", mask, "the field", dvf, "device")
-    expected = (dvf.shape[0], 1, *dvf.shape[2:])
+    return _check_given(mask, (dvf.shape[0], 1, *dvf.shape[2:]), dvf)
+
+
+def _check_given(mask: Tensor, expected: tuple[int, ...], field: Tensor) -> Tensor:
+    check_same("mask", mask, "the field", field, "device")
     if mask.dtype != torch.bool or mask.shape != expected:
         raise InputError(f"mask must be bool {tuple(expected)}, got {mask.dtype} {shape_of(mask)}")
     return mask

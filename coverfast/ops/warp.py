@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from coverfast import reference
-from coverfast.checks import InputError, check_choice, check_dvf, check_map, check_same
-from coverfast.geometry import positions
+from coverfast.checks import InputError, check_choice, check_dvf, check_map, check_same, shape_of
+from coverfast.geometry import AffineDVF, downsample_gradient, positions, upsample_dvf
+from coverfast.layout import has_rows, new_like
 from coverfast.ops.dispatch import choose
 
 MODES = ("linear", "nearest")
 PADDINGS = ("zeros", "border")
 
-_UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64, torch.bool: torch.uint8}
 
 
-def warp(x: Tensor, dvf: Tensor, *, mode: str = "linear", padding: str = "zeros", impl: str = "auto") -> Tensor:
+Field = Tensor | AffineDVF
+
+
+def warp(x: Tensor, dvf: Field, *, mode: str = "linear", padding: str = "zeros", impl: str = "auto") -> Tensor:
     """Sample `x` where a displacement field points, `y(p) = x(p + dvf(p))` (backward warping).
 
     Coordinates are pixel indices (`align_corners=True` in the language of `grid_sample`), so integer displacements
@@ -27,89 +31,158 @@ def warp(x: Tensor, dvf: Tensor, *, mode: str = "linear", padding: str = "zeros"
 
     Args:
         x: `(B, C, *S)`; floating, or any integer dtype (labels) with `mode="nearest"`.
-        dvf: `(B, n, *S)` in pixels of this grid, float32 or float64.
+        dvf: `(B, n, *S)` in pixels of this grid, float32 or float64; or an `AffineDVF`, which Triton never writes out.
         mode: "linear" (the corners of the cell) or "nearest" (round half to even; no gradient to `dvf`).
         padding: "zeros" (outside counts as 0, in the value and in the slope; a NaN coordinate gives 0) or "border"
             (coordinates clamped to the grid; a NaN coordinate reads index 0).
         impl: "auto", "triton", "torch" or "reference".
 
     Returns:
-        `(B, C, *S)`, dtype of `x`; interpolated in float32 (float64 when either input is).
+        `(B, C, *S)`, dtype of `x`, channels-last where the channels of `x` are contiguous; interpolated in float32
+        (float64 when either input is). The gradient to `x` scatters: on a GPU its last bits change from run to run,
+        unless `torch.use_deterministic_algorithms(True)` asks for sums in fixed point.
 
     Raises:
         InputError: on a shape, dtype or device that does not fit. Second-order gradients raise.
     """
     n = check_map("x", x, floating=False)
+    if isinstance(dvf, AffineDVF):
+        if (len(dvf.numbers), dvf.size) != (len(x), x.shape[2:]):
+            expected = (len(x), *shape_of(x)[2:])
+            raise InputError(f"dvf must be the batch and size of x, {expected}, got {(len(dvf.numbers), *dvf.size)}")
+        field, form = _numbers(dvf, "affine")
+        return _warp(x, field, form, shape_of(x)[2:], mode, padding, impl)
     if check_dvf("dvf", dvf) != n:
         raise InputError(f"dvf must have the {n} spatial axes of x, got {dvf.ndim - 2}")
     check_same("dvf", dvf, "x", x, "batch", "size", "device")
-    return resample(x, dvf, mode=mode, padding=padding, impl=impl)
+    return _warp(x, dvf, "dense", dvf.shape[2:], mode, padding, impl)
 
 
-def resample(x: Tensor, dvf: Tensor, *, mode: str = "linear", padding: str = "zeros", impl: str = "auto") -> Tensor:
+def resample(x: Tensor, dvf: Field, *, mode: str = "linear", padding: str = "zeros", impl: str = "auto") -> Tensor:
     """`warp` onto another grid: as `warp`, but the field `(B, n, *T)` sets the output size `(B, C, *T)`.
 
-    A crop of a warped image is the image resampled with the crop's field plus the crop's origin.
+    An `AffineDVF` is that of a crop of `x`: its origin is added to where it points. A tensor must hold the crop's
+    origin already.
     """
+    if isinstance(dvf, AffineDVF):
+        field, form = _numbers(dvf, "crop")
+        return _warp(x, field, form, dvf.size, mode, padding, impl)
+    return _warp(x, dvf, "dense", dvf.shape[2:], mode, padding, impl)
+
+
+def warp_up(x: Tensor, coarse: Tensor, *, impl: str = "auto") -> Tensor:
+    """`warp(x, upsample_dvf(coarse, size of x))`, linear with zeros; in Triton the fine field is never written.
+
+    Args:
+        x: `(B, C, *S)`, floating.
+        coarse: field of the level above, `(B, n, *S/2)`, in pixels of its own grid.
+        impl: "auto", "triton", "torch" or "reference".
+    """
+    n = check_map("x", x)
+    if check_dvf("coarse", coarse) != n:
+        raise InputError(f"coarse must have the {n} spatial axes of x, got {coarse.ndim - 2}")
+    check_same("coarse", coarse, "x", x, "batch", "device")
+    if any(f != 2 * c for f, c in zip(x.shape[2:], coarse.shape[2:], strict=True)):
+        raise InputError(f"x must be exactly twice the size of coarse, {shape_of(coarse)[2:]}, got {shape_of(x)[2:]}")
+    return _warp(x, coarse, "coarse", x.shape[2:], "linear", "zeros", impl)
+
+
+def _numbers(dvf: AffineDVF, form: str) -> tuple[Tensor, str]:
+    """What the operator takes of an affine field; one that asks for a gradient is written out."""
+    if not dvf.numbers.requires_grad:
+        return dvf.numbers, form
+    return _psi(dvf.numbers, form, dvf.size), "dense"
+
+
+def _warp(x: Tensor, field: Tensor, form: str, size: Sequence[int], mode: str, padding: str, impl: str) -> Tensor:
     check_choice("mode", mode, MODES)
     check_choice("padding", padding, PADDINGS)
     if x.dtype.is_complex or (x.dtype.is_floating_point and x.dtype.itemsize == 1):
         raise InputError(f"x must be a float of 16 to 64 bits, an integer or bool, got {x.dtype}")
     if mode == "linear" and not x.dtype.is_floating_point:
         raise InputError(f"x must be floating for mode='linear', got {x.dtype}; use mode='nearest' for labels")
-    if x.dtype in _UNSIGNED:  # torch cannot gather these; labels do not mind how their bits are called
-        signed = resample(x.view(_UNSIGNED[x.dtype]), dvf, mode=mode, padding=padding, impl=impl)
+    if x.dtype in _SIGNED:  # torch cannot gather these; labels do not mind how their bits are called
+        signed = _warp(x.view(_SIGNED[x.dtype]), field, form, size, mode, padding, impl)
         return signed.view(x.dtype)
     chosen = choose("warp", impl, x)
     if chosen == "reference":
-        return reference.warp(x, dvf, mode, padding)
-    return torch.ops.coverfast.warp_forward(x, dvf, mode, padding, chosen)
+        return reference.warp(x, _psi(field, form, size), mode, padding)
+    return torch.ops.coverfast.warp_forward(x, field, form, size, mode, padding, chosen)
+
+
+def _psi(field: Tensor, form: str, size: Sequence[int]) -> Tensor:
+    """Displacements into `x` of a field in any form: "dense", "coarse", "affine", or "crop" (affine, plus origin)."""
+    if form == "dense":
+        return field
+    if form == "coarse":
+        return upsample_dvf(field, size)
+    psi = AffineDVF.of(field, tuple(size)).dense()
+    return psi + field[..., -1].reshape(len(field), len(size), *[1] * len(size)) if form == "crop" else psi
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op(
     "coverfast::warp_forward",
     mutates_args=(),
-    schema="(Tensor x, Tensor dvf, str mode, str padding, str impl) -> Tensor",
+    schema="(Tensor x, Tensor field, str form, SymInt[] size, str mode, str padding, str impl) -> Tensor",
 )
-def _forward(x: Tensor, dvf: Tensor, mode: str, padding: str, impl: str) -> Tensor:
-    return _torch_forward(x, dvf, mode, padding)
+def _forward(x: Tensor, field: Tensor, form: str, size: Sequence[int], mode: str, padding: str, impl: str) -> Tensor:
+    out = new_like(x, size)
+    if impl == "triton":
+        from coverfast.kernels import warp as kernels
+
+        kernels.forward_launch(x, field, form, out, mode, padding).run()
+        return out
+    found = _torch_forward(x, _psi(field, form, size), mode, padding)
+    return found if out.is_contiguous() else out.copy_(found)
 
 
 @_forward.register_fake
-def _(x: Tensor, dvf: Tensor, mode: str, padding: str, impl: str) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1], *dvf.shape[2:]))
+def _(x: Tensor, field: Tensor, form: str, size: Sequence[int], mode: str, padding: str, impl: str) -> Tensor:
+    return new_like(x, size)
 
 
 @torch.library.custom_op(
     "coverfast::warp_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor dvf, str mode, str padding, str impl, bool to_x, bool to_dvf)"
+    schema="(Tensor grad, Tensor x, Tensor field, str form, str mode, str padding, str impl, bool to_x, bool to_field)"
     " -> (Tensor, Tensor)",
 )
 def _backward(
-    grad: Tensor, x: Tensor, dvf: Tensor, mode: str, padding: str, impl: str, to_x: bool, to_dvf: bool
+    grad: Tensor, x: Tensor, field: Tensor, form: str, mode: str, padding: str, impl: str, to_x: bool, to_field: bool
 ) -> tuple[Tensor, Tensor]:
-    return _torch_backward(grad, x, dvf, mode, padding, to_x, to_dvf)
+    if impl == "triton":
+        from coverfast.kernels import warp as kernels
+
+        dx, d_field = kernels.backward(grad, x, field, form, mode, padding, to_x=to_x, to_field=to_field)
+        return x.new_empty(0) if dx is None else dx, field.new_empty(0) if d_field is None else d_field
+    psi = _psi(field, form, grad.shape[2:])
+    dx, d_field = _torch_backward(grad, x, psi, mode, padding, to_x, to_field)
+    if to_x and has_rows(x):
+        dx = new_like(x).copy_(dx)
+    return dx, downsample_gradient(d_field) if to_field and form == "coarse" else d_field
 
 
 @_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, dvf: Tensor, mode: str, padding: str, impl: str, to_x: bool, to_dvf: bool
+    grad: Tensor, x: Tensor, field: Tensor, form: str, mode: str, padding: str, impl: str, to_x: bool, to_field: bool
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if to_x else (0,)), dvf.new_empty(dvf.shape if to_dvf else (0,))
+    return new_like(x) if to_x else x.new_empty(0), field.new_empty(field.shape if to_field else (0,))
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, dvf, ctx.mode, ctx.padding, ctx.impl = inputs
-    ctx.save_for_backward(x, dvf)
+    x, field, ctx.form, _, ctx.mode, ctx.padding, ctx.impl = inputs
+    ctx.save_for_backward(x, field)
 
 
 def _autograd(ctx, grad):  # type: ignore[no-untyped-def]
-    to_x, to_dvf = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and ctx.mode == "linear"
-    dx, d_dvf = torch.ops.coverfast.warp_backward(
-        grad, *ctx.saved_tensors, ctx.mode, ctx.padding, ctx.impl, to_x, to_dvf
+    to_x, to_field = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and ctx.mode == "linear"
+    dx, d_field = torch.ops.coverfast.warp_backward(
+        grad, *ctx.saved_tensors, ctx.form, ctx.mode, ctx.padding, ctx.impl, to_x, to_field
     )
-    return dx if to_x else None, d_dvf if to_dvf else None, None, None, None
+    return dx if to_x else None, d_field if to_field else None, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -189,6 +262,16 @@ def _rows(flat: Tensor, channels: int) -> Tensor:
     return flat.unsqueeze(1).expand(-1, channels, -1)
 
 
+def _scatter(dx: Tensor, flat: Tensor, values: Tensor) -> None:
+    """Add `(B, C, P)` values at pixels `(B, P)`; on a GPU deterministic in one dimension only."""
+    rows = _rows(flat, dx.shape[1])
+    if not (dx.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        dx.scatter_add_(2, rows, values)
+        return
+    plane = torch.arange(dx.shape[0] * dx.shape[1], device=dx.device).view(*dx.shape[:2], 1) * dx.shape[2]
+    dx.view(-1).scatter_add_(0, (rows + plane).flatten(), values.flatten())
+
+
 def _torch_forward(x: Tensor, dvf: Tensor, mode: str, padding: str) -> Tensor:
     source, shape = x.flatten(2), (*x.shape[:2], *dvf.shape[2:])
     if mode == "nearest":
@@ -216,13 +299,13 @@ def _torch_backward(
     if mode == "nearest":
         flat, inside = _nearest_index(x, dvf, padding)
         if to_x:
-            dx.scatter_add_(2, _rows(flat, channels), g * inside.unsqueeze(1))
+            _scatter(dx, flat, g * inside.unsqueeze(1))
         return dx.to(x.dtype).view(x.shape if to_x else (0,)), d_dvf.to(dvf.dtype).view(dvf.shape if to_dvf else (0,))
     low, part, sloped = _cells(x, dvf, padding)
     for bits, flat, weights, inside in _corners(low, part, x.shape[2:], skip_empty=False):
         if to_x:
             weight = _product(weights).mul_(inside).unsqueeze(1).to(dtype)
-            dx.scatter_add_(2, _rows(flat, channels), g * weight)
+            _scatter(dx, flat, g * weight)
         if to_dvf:
             # d(out)/d(c_i) of this corner: its value times plus or minus the weights along the other axes.
             values = source.gather(2, _rows(flat, channels)).to(dtype)
