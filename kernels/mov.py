@@ -18,51 +18,7 @@ from torch import Tensor
 
 from coverfast.kernels import mov_device as device
 from coverfast.kernels.launch import Architecture, Launch, architecture_of, bits, chosen
-
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    vectors: Tensor,
-    window: Sequence[int],
-    groups: int,
-    scale: float,
-) -> None:
-    """Fill out `(B, n, *S)`, lse `(B, J, *S)` in base 2 and, for several groups, vectors `(B, J, n, *S)`.
-
-    The three are contiguous, float32 (float64 for float64 maps); see `coverfast.mov` for the rest.
-    """
-    forward_launch(rows_of(q), rows_of(k), out, lse, vectors, window, groups, scale).run()
-
-
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    vectors: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    window: Sequence[int],
-    groups: int,
-    scale: float,
-) -> None:
-    """Fill dq and dk, whose pixels lie along x one or one row of channels apart, from the results of `forward`."""
-    for launch in backward_launches(grad, rows_of(q), rows_of(k), out, lse, vectors, dq, dk, window, groups, scale):
-        launch.run()
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """`x` itself where the channels of a pixel are contiguous, otherwise a channels-last copy."""
-    if x.shape[1] == 1 or x.stride(1) == 1:
-        return x
-    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
-
-
-# --- launches --------------------------------------------------------------------------------------------------
+from coverfast.layout import has_rows, rows_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +35,7 @@ class Shape:
 #: Most rows and taps, forward and backward, by the 32-bit words of a group's channels: more rows share each load and
 #: more taps share a rescaling, until registers run out. Chosen by counting instructions and registers for sm_90
 #: (`coverfast bench static`); no GPU has timed them yet.
-SHARING = {8: ((4, 5), (4, 5)), 16: ((3, 2), (3, 1)), 32: ((2, 2), (2, 1)), 128: ((1, 1), (1, 1))}
+SHARING = {8: ((4, 5), (4, 5)), 16: ((3, 2), (3, 1)), 32: ((2, 2), (2, 1))}
 
 #: Warps a multiprocessor must keep for rows to be shared (one a scheduler), and the widest window whose taps
 #: are unrolled.
@@ -114,7 +70,10 @@ def forward_launch(
     scale: float,
     on: Architecture | None = None,
 ) -> Launch:
-    """The launch that fills out, lse and vectors from maps with contiguous channels."""
+    """The launch that fills out `(B, n, *S)`, lse `(B, J, *S)` in base 2 and, for several groups, vectors
+    `(B, J, n, *S)`: contiguous, float32 (float64 for float64 maps). See `coverfast.mov` for the rest.
+    """
+    q, k = rows_of(q), rows_of(k)
     arguments, constants, shape, programs = _common(q, k, window, groups, scale, on, backward=False)
     constants["TOP"] = torch.finfo(out.dtype).min
     tensors = {"q": q, "k": k, "out": out, "lse": lse, "vectors": vectors}
@@ -135,14 +94,14 @@ def backward_launches(
     scale: float,
     on: Architecture | None = None,
 ) -> tuple[Launch, Launch]:
-    """The launches that fill dq, then dk."""
+    """The launches that fill dq, then dk, each contiguous or channels-last, from the results of the forward."""
+    q, k = rows_of(q), rows_of(k)
     arguments, constants, shape, programs = _common(
         q, k, window, groups, scale, on, backward=True, widest=grad.stride(-1)
     )
     pulled = torch.empty_like(lse)
     sides = {"lse": lse, "pulled": pulled, "grad": grad}
-    g_b, g_c, *g_s = grad.stride()
-    arguments |= {"g_b": g_b, "g_c": g_c, "g_z": g_s[0] if len(g_s) == 3 else 0, "g_y": g_s[-2], "g_x": g_s[-1]}
+    arguments |= _strides("g", grad) | {"g_c": grad.stride(1), "g_x": grad.stride(-1)}
     launches = []
     for name, kernel, target in (("dq", device.mov_dq_kernel, dq), ("dk", device.mov_dk_kernel, dk)):
         d_arguments, d_constants = _target(target, q.shape[1] // groups)
@@ -178,14 +137,9 @@ def _common(
     words, on = width * (2 if double else 1), on or architecture_of(q)
     shape = choose(size, batch, groups, words, 2 * radius_x + 1, on, backward=backward)
     unit = min(_unit(q, width), _unit(k, width))
-    strides: dict[str, int] = {}
-    for name, x in (("q", q), ("k", k)):
-        s_b, _, *s = x.stride()
-        strides |= {f"{name}_b": s_b // unit, f"{name}_z": (s[0] if len(s) == 3 else 0) // unit}
-        strides |= {f"{name}_y": s[-2] // unit}
     span = max(channels, widest, q.stride(-1), k.stride(-1)) * (size_x + radius_x + 2 * shape.tile)
     arguments = {
-        **strides,
+        **_strides("q", q, unit), **_strides("k", k, unit),
         "size_z": size_z, "size_y": size_y, "size_x": size_x,
         "radius_z": radius_z, "radius_y": radius_y, "radius_x": radius_x,
         "scale": bits(scale),
@@ -212,15 +166,15 @@ def _unit(x: Tensor, width: int) -> int:
     return gcd(most, *starts)
 
 
+def _strides(name: str, x: Tensor, unit: int = 1) -> dict[str, int]:
+    """From sample to sample, plane to plane (0 in 2D) and line to line of `x`, in units, as arguments."""
+    s_b, _, *s = x.stride()
+    s_z = s[0] if len(s) == 3 else 0
+    return {f"{name}_b": s_b // unit, f"{name}_z": s_z // unit, f"{name}_y": s[-2] // unit}
+
+
 def _target(x: Tensor, width: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where a gradient is written: arguments and constants."""
-    rows = x.shape[1] == 1 or x.stride(1) == 1
+    rows = has_rows(x)
     unit = _unit(x, width) if rows else 1
-    d_b, d_c, *d_s = x.stride()
-    arguments = {
-        "d_b": d_b // unit,
-        "d_z": (d_s[0] if len(d_s) == 3 else 0) // unit,
-        "d_y": d_s[-2] // unit,
-        "d_c": d_c,
-    }
-    return arguments, {"D_X": d_s[-1], "D_UNIT": unit, "D_ROWS": rows}
+    return _strides("d", x, unit) | {"d_c": x.stride(1)}, {"D_X": x.stride(-1), "D_UNIT": unit, "D_ROWS": rows}

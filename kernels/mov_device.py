@@ -15,6 +15,8 @@ and log-sum-exp are in base 2, the factor log2(e) folded into the queries. Arith
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def _place(size_z, size_y, size_x, ROWS: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr):
@@ -36,14 +38,20 @@ def _place(size_z, size_y, size_x, ROWS: tl.constexpr, TILE: tl.constexpr, LANES
 
 
 @triton.jit
-def _factor(bits, ACC: tl.constexpr):
+def _factor(bits):
     """A float64 handed over as its bits: Triton would pass a Python float as float32."""
-    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(ACC)
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def _line(base, b, z, y, stride_b, stride_z, stride_y, UNIT: tl.constexpr):
     return base + (b * stride_b + stride_z.to(tl.int64) * z + stride_y.to(tl.int64) * y) * UNIT
+
+
+@triton.jit
+def _along(x, j, X: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Where the first channels of a lane's pixel and group lie on their line, `(T, CHUNK)`; pixels are `X` apart."""
+    return (x * X + tl.minimum(j, GROUPS - 1) * WIDTH)[:, None] + tl.arange(0, CHUNK)[None, :]
 
 
 @triton.jit
@@ -113,6 +121,19 @@ def _reached(x, o, size_x, radius_x):
     return (x + o).to(tl.uint64 if x.dtype == tl.int64 else tl.uint32) < end
 
 
+@triton.jit
+def _load_keys(
+    line, x, first, size_x, radius_x, K_X: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """The keys of `COUNT` taps from offset `first` along x, zeros out of the grid."""
+    keys = ()
+    for t in tl.static_range(COUNT):
+        keep = _reached(x, first + t, size_x, radius_x)
+        keys += (_load_rows(line + (first + t) * K_X, keep, WIDTH, CHUNK, ACC),)
+    return keys
+
+
 # --- forward ---------------------------------------------------------------------------------------------------
 
 
@@ -125,10 +146,7 @@ def _attend(
 
     A state is `(top, total, sum of weights times offset z, y, x)` of the softmax so far, rescaled once a pass.
     """
-    keys = ()
-    for t in tl.static_range(COUNT):
-        keep = _reached(x, first + t, size_x, radius_x)
-        keys += (_load_rows(line + (first + t) * K_X, keep, WIDTH, CHUNK, ACC),)
+    keys = _load_keys(line, x, first, size_x, radius_x, K_X, WIDTH, CHUNK, COUNT, ACC)
     updated = ()
     for i in tl.static_range(len(queries)):
         state = states[i]
@@ -177,11 +195,8 @@ def mov_forward_kernel(
     `WINDOW_X` is the window along x when its taps are unrolled, 0 when they are a loop.
     """
     b, z, first_y, first_x, x, j = _place(size_z, size_y, size_x, ROWS, TILE, LANES, WIDE)
-    group, inside = tl.minimum(j, GROUPS - 1) * WIDTH, x < size_x
-    columns = tl.arange(0, CHUNK)[None, :]
-    at_q = (x * Q_X + group)[:, None] + columns
-    at_k = (x * K_X + group)[:, None] + columns
-    factor = _factor(scale, tl.float64) * 1.4426950408889634
+    at_q, at_k = _along(x, j, Q_X, GROUPS, WIDTH, CHUNK), _along(x, j, K_X, GROUPS, WIDTH, CHUNK)
+    inside, factor = x < size_x, _factor(scale) * LOG2E
     zero = tl.zeros([TILE * LANES], ACC)
     queries, states = (), ()
     for i in tl.static_range(ROWS):
@@ -242,10 +257,7 @@ def _gather_keys(
     NDIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One pass of `mov_dq_kernel`; a side is `(lse, g . v, g along z, y, x)` of the query."""
-    keys = ()
-    for t in tl.static_range(COUNT):
-        keep = _reached(x, first + t, size_x, radius_x)
-        keys += (_load_rows(line + (first + t) * K_X, keep, WIDTH, CHUNK, ACC),)
+    keys = _load_keys(line, x, first, size_x, radius_x, K_X, WIDTH, CHUNK, COUNT, ACC)
     updated = ()
     for i in tl.static_range(len(queries)):
         total = totals[i]
@@ -280,17 +292,14 @@ def mov_dq_kernel(
 ):  # fmt: skip
     """dq, and on the way `pulled` `(B, J, *S)`: g . v of each query and group, which `mov_dk_kernel` reads."""
     b, z, first_y, first_x, x, j = _place(size_z, size_y, size_x, ROWS, TILE, LANES, WIDE)
-    group, inside = tl.minimum(j, GROUPS - 1) * WIDTH, x < size_x
-    columns = tl.arange(0, CHUNK)[None, :]
-    at_q = (x * Q_X + group)[:, None] + columns
-    at_k = (x * K_X + group)[:, None] + columns
-    factor, g_c = _factor(scale, tl.float64), g_c.to(tl.int64)
+    at_q, at_k = _along(x, j, Q_X, GROUPS, WIDTH, CHUNK), _along(x, j, K_X, GROUPS, WIDTH, CHUNK)
+    inside, factor, g_c = x < size_x, _factor(scale), g_c.to(tl.int64)
     size = size_z.to(tl.int64) * size_y * size_x
     queries, sides, totals = (), (), ()
     for i in tl.static_range(ROWS):
         y = tl.minimum(first_y + i, size_y - 1)
         own = _load_rows(_line(q, b, z, y, q_b, q_z, q_y, UNIT) + at_q, inside, WIDTH, CHUNK, ACC)
-        queries += (_times(own, (factor * 1.4426950408889634).to(ACC)),)
+        queries += (_times(own, (factor * LOG2E).to(ACC)),)
         totals += (_zeros(own),)
         place = (b * GROUPS + tl.minimum(j, GROUPS - 1)) * size + (size_y.to(tl.int64) * z + y) * size_x + x
         vector = vectors + (b * GROUPS + tl.minimum(j, GROUPS - 1)) * (NDIM - 1) * size + place
@@ -355,6 +364,25 @@ def _store_gradient(
 
 
 @triton.jit
+def _load_query(
+    line, levels, pulls, slopes, g_c, g_x, x, o, offset_z, size_x, radius_x, Q_X: tl.constexpr, NDIM: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The query at offset `o` along x as `(channels, lse, pull of the key without g along y, g along y)`.
+
+    `o` is an argument: in a local variable an unrolled offset would be 32 bits wide, and its products with it.
+    """
+    keep = _reached(x, o, size_x, radius_x)
+    row = _load_rows(line + o * Q_X, keep, WIDTH, CHUNK, ACC)
+    slope = slopes + o * tl.cast(g_x, x.dtype)
+    level = tl.load(levels + o, mask=keep, other=0)
+    pull = tl.load(slope + (NDIM - 1) * g_c, mask=keep, other=0) * (-o) - tl.load(pulls + o, mask=keep, other=0)
+    if NDIM == 3:
+        pull += tl.load(slope, mask=keep, other=0) * offset_z.to(ACC)
+    return row, level, pull, tl.load(slope + (NDIM - 2) * g_c, mask=keep, other=0)
+
+
+@triton.jit
 def _gather_queries(
     totals, keys, line, levels, pulls, slopes, g_c, g_x, x, first, offset_z, y, first_y, size_x, radius_y, radius_x,
     Q_X: tl.constexpr, NDIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
@@ -363,15 +391,11 @@ def _gather_queries(
     """One pass of `mov_dk_kernel`: queries at `first + t` along x, which see the key at the opposite offset."""
     queries = ()
     for t in tl.static_range(COUNT):
-        o = first + t
-        keep = _reached(x, o, size_x, radius_x)
-        row = _load_rows(line + o * Q_X, keep, WIDTH, CHUNK, ACC)
-        slope = slopes + o * g_x
-        level = tl.load(levels + o, mask=keep, other=0)
-        pull = tl.load(slope + (NDIM - 1) * g_c, mask=keep, other=0) * (-o) - tl.load(pulls + o, mask=keep, other=0)
-        if NDIM == 3:
-            pull += tl.load(slope, mask=keep, other=0) * offset_z.to(ACC)
-        queries += ((row, level, pull, tl.load(slope + (NDIM - 2) * g_c, mask=keep, other=0)),)
+        query = _load_query(
+            line, levels, pulls, slopes, g_c, g_x, x, first + t, offset_z, size_x, radius_x, Q_X, NDIM, WIDTH, CHUNK,
+            ACC,
+        )  # fmt: skip
+        queries += (query,)
     updated = ()
     for i in tl.static_range(len(keys)):
         total = totals[i]
@@ -403,18 +427,15 @@ def mov_dk_kernel(
 ):  # fmt: skip
     """dk, from the queries, their log-sum-exp and their `pulled`."""
     b, z, first_y, first_x, x, j = _place(size_z, size_y, size_x, ROWS, TILE, LANES, WIDE)
-    group, inside = tl.minimum(j, GROUPS - 1) * WIDTH, x < size_x
-    columns = tl.arange(0, CHUNK)[None, :]
-    at_q = (x * Q_X + group)[:, None] + columns
-    at_k = (x * K_X + group)[:, None] + columns
-    factor, g_c = _factor(scale, tl.float64), g_c.to(tl.int64)
+    at_q, at_k = _along(x, j, Q_X, GROUPS, WIDTH, CHUNK), _along(x, j, K_X, GROUPS, WIDTH, CHUNK)
+    inside, factor, g_c = x < size_x, _factor(scale), g_c.to(tl.int64)
     size = size_z.to(tl.int64) * size_y * size_x
     at_side = (b * GROUPS + tl.minimum(j, GROUPS - 1)) * size + x
     keys, totals = (), ()
     for i in tl.static_range(ROWS):
         y = tl.minimum(first_y + i, size_y - 1)
         own = _load_rows(_line(k, b, z, y, k_b, k_z, k_y, UNIT) + at_k, inside, WIDTH, CHUNK, ACC)
-        keys += (_times(own, (factor * 1.4426950408889634).to(ACC)),)
+        keys += (_times(own, (factor * LOG2E).to(ACC)),)
         totals += (_zeros(own),)
     for query_z in range(tl.maximum(z - radius_z, 0), tl.minimum(z + radius_z, size_z - 1) + 1):
         low, high = tl.maximum(first_y - radius_y, 0), tl.minimum(first_y + (ROWS - 1) + radius_y, size_y - 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from coverfast import reference
 from coverfast.checks import InputError, check_map, check_same, check_window
+from coverfast.layout import new_like
 from coverfast.ops.dispatch import choose
 
 Offset = tuple[int, ...]
@@ -83,7 +84,7 @@ def _forward(
         if impl == "triton":
             from coverfast.kernels import mov as kernels
 
-            kernels.forward(q, k, *outputs, window, groups, scale)
+            kernels.forward_launch(q, k, *outputs, window, groups, scale).run()
         else:
             _torch_forward(q, k, *outputs, window, groups, scale)
     return outputs
@@ -114,12 +115,13 @@ def _backward(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    gradients = _gradient_like(q), _gradient_like(k)
+    gradients = new_like(q), new_like(k)
     with torch.autocast(q.device.type, enabled=False):
         if impl == "triton":
             from coverfast.kernels import mov as kernels
 
-            kernels.backward(grad, q, k, out, lse, vectors, *gradients, window, groups, scale)
+            for launch in kernels.backward_launches(grad, q, k, out, lse, vectors, *gradients, window, groups, scale):
+                launch.run()
         else:
             _torch_backward(grad, q, k, out, lse, vectors, *gradients, window, groups, scale)
     return gradients
@@ -138,7 +140,7 @@ def _(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return _gradient_like(q), _gradient_like(k)
+    return new_like(q), new_like(k)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -170,11 +172,7 @@ def _new_outputs(q: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, vectors
 
 
-def _gradient_like(x: Tensor) -> Tensor:
-    """An empty map for the gradient of `x`: channels-last where the channels of a pixel are contiguous."""
-    if x.shape[1] > 1 and x.stride(1) == 1:
-        return torch.empty_like(x, memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+_gradient_like = new_like
 
 
 # --- the lean torch formulation --------------------------------------------------------------------------------

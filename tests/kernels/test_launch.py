@@ -13,20 +13,21 @@ pytest.importorskip("triton")
 
 from coverfast.kernels import mov as kernels
 from coverfast.kernels.launch import ARCHITECTURES, Architecture, Launch, bits, chosen, override
-from coverfast.ops.mov import _gradient_like, _new_outputs
+from coverfast.layout import new_like, rows_of
+from coverfast.ops.mov import _new_outputs
 
 
 def plan(
     q: Tensor, k: Tensor | None = None, *, window: int = 3, groups: int = 1, grad: Tensor | None = None
 ) -> list[Launch]:
     """The launches of a forward and a backward: forward, dq, dk."""
-    q, k = kernels.rows_of(q), kernels.rows_of(q if k is None else k)
+    k = q if k is None else k
     outputs = _new_outputs(q, groups)
     grad = torch.empty_like(outputs[0]) if grad is None else grad
     options = ((window,) * (q.ndim - 2), groups, 0.5)
     return [
         kernels.forward_launch(q, k, *outputs, *options),
-        *kernels.backward_launches(grad, q, k, *outputs, _gradient_like(q), _gradient_like(k), *options),
+        *kernels.backward_launches(grad, q, k, *outputs, new_like(q), new_like(k), *options),
     ]
 
 
@@ -148,9 +149,10 @@ def test_a_map_that_starts_off_the_boundary_has_a_smaller_unit(start, unit):
     around = laid_out(torch.zeros(1, 16, 4, 5, dtype=torch.bfloat16), "channels_last")
     assert around.data_ptr() % 16 == 0
     view, other = around[:, start : start + 8], laid_out(torch.zeros(1, 8, 4, 5, dtype=torch.bfloat16), "channels_last")
-    assert kernels.rows_of(view) is view
     for q, k in ((view, other), (other, view)):
         for launch in plan(q, k):
+            assert launch.arguments["q"] is q
+            assert launch.arguments["k"] is k
             assert launch.constants["UNIT"] == unit
             assert launch.constants["CHUNK"] <= max(unit, 1)
 
@@ -197,12 +199,12 @@ def test_rows_are_read_in_place_or_copied_once(shape):
     x = torch.arange(prod(shape), dtype=torch.float32).view(shape)
     for layout in ("channels_last", "sliced_rows"):
         rows = laid_out(x, layout)
-        assert kernels.rows_of(rows) is rows
+        assert rows_of(rows) is rows
     for layout in ("contiguous", "sliced", "transposed"):
-        rows = kernels.rows_of(laid_out(x, layout))
+        rows = rows_of(laid_out(x, layout))
         assert torch.equal(rows, x)
         assert shape[1] == 1 or rows.stride(1) == 1
-        assert kernels.rows_of(rows) is rows
+        assert rows_of(rows) is rows
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -210,7 +212,7 @@ def test_gradients_are_written_in_rows_where_their_map_has_rows(n):
     size = (2, 4, 5)[-n:]
     for layout, rows in (("channels_last", True), ("sliced_rows", True), ("contiguous", False), ("sliced", False)):
         x = meta(2, 8, *size, layout=layout)
-        target = _gradient_like(x)
+        target = new_like(x)
         arguments, constants = kernels._target(target, 8)
         assert constants["D_ROWS"] == rows
         assert constants["D_X"] == (8 if rows else 1)
