@@ -7,8 +7,11 @@ draw the same numbers, and a resumed run needs nothing stored.
 from __future__ import annotations
 
 from math import pi
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
@@ -19,8 +22,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 STREAM_SCALARS, STREAM_NOISE, STREAM_FILL, STREAM_ELASTIC, STREAM_ORDER = range(5)
 
 
-def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
-    """Four random 32-bit words for every counter of four 32-bit words (int64 tensors that broadcast).
+def philox_4x32(counter: tuple[Any, Any, Any, Any], seed: int) -> tuple[Any, ...]:
+    """Four random 32-bit words for every counter of four 32-bit words (int64 tensors or arrays that broadcast).
 
     `seed` is the 64-bit key, low word first.
     """
@@ -53,6 +56,17 @@ def random_words(seed: int, stream: int, iteration: int, samples: Tensor, count:
 def uniform(seed: int, stream: int, iteration: int, samples: Tensor, count: int) -> Tensor:
     """`(B, count)` float32 in [0, 1): the upper 24 bits of each word, so exact on every device."""
     return (random_words(seed, stream, iteration, samples, count) >> 8).float() * 2.0**-24
+
+
+def scalar_uniform(
+    seed: int, stream: int, iteration: int, samples: NDArray[np.int64], count: int
+) -> NDArray[np.float64]:
+    """The numbers of `uniform`, in NumPy and as float64: for the few that are drawn on the CPU at every step."""
+    blocks = np.arange(-(-count // 4), dtype=np.int64)[None]
+    zero = np.zeros_like(blocks)
+    words: Any = philox_4x32((blocks, samples[:, None] + zero, zero + iteration, zero + stream), seed)
+    found = np.stack(np.broadcast_arrays(*words), -1).reshape(len(samples), 4 * blocks.shape[1])[:, :count]
+    return (found >> 8) * np.float64(2.0**-24)
 
 
 def normal(seed: int, stream: int, iteration: int, samples: Tensor, count: int) -> Tensor:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coverfast.checks import InputError, check_choice, check_map, check_same, check_window, require, shape_of
-from coverfast.geometry import upsample_dvf
+from coverfast.layout import channels_last
 from coverfast.ops.compose import compose
 from coverfast.ops.dispatch import IMPLEMENTATIONS, choose
 from coverfast.ops.mov import mov
-from coverfast.ops.warp import warp
+from coverfast.ops.warp import warp_up
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -51,7 +50,7 @@ class Projection(nn.Module):
         y = self.norm(x + self.conv.bias.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2)))
         if not rows:
             return y.to(x.dtype)
-        return y.to(x.dtype, memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+        return y.to(x.dtype, memory_format=channels_last(x))
 
     def forward(self, x: Tensor, *, rows: bool = False) -> Tensor:
         """Both halves."""
@@ -110,13 +109,17 @@ class VectorPyramid(nn.Module):
         )
 
     def forward(
-        self, features_a: Sequence[Tensor], features_b: Sequence[Tensor], return_levels: bool = False
+        self,
+        features_a: Sequence[Tensor],
+        features_b: Sequence[Tensor] | None = None,
+        return_levels: bool = False,
     ) -> Tensor | list[Tensor]:
         """The field from view b into view a.
 
         Args:
-            features_a: L maps `(B, C_l, *S_l)` of view a, coarse to fine, each twice the size of the one before.
-            features_b: the same of view b.
+            features_a: L maps `(B, C_l, *S_l)` of view a, coarse to fine, each twice the size of the one before; or
+                `(2 B, C_l, *S_l)` of both views, all of a before all of b: one convolution then projects both.
+            features_b: the same of view b; None where `features_a` holds both.
             return_levels: also give the coarser levels' fields.
 
         Returns:
@@ -125,30 +128,37 @@ class VectorPyramid(nn.Module):
         """
         self._check(features_a, features_b)
         levels: list[Tensor] = []
-        for a, b, window, groups, project in zip(
-            features_a, features_b, self.windows, self.groups, self.projections, strict=True
+        for level, (window, groups, project) in enumerate(
+            zip(self.windows, self.groups, self.projections, strict=True)
         ):
             assert isinstance(project, Projection)
-            keys = project.linear(a)
+            if features_b is None:
+                keys, queries = project.linear(features_a[level]).chunk(2)
+            else:
+                keys, queries = project.linear(features_a[level]), project.linear(features_b[level])
             if levels:
-                keys = warp(keys, upsample_dvf(levels[-1], a.shape[2:]), impl=self.impl)
+                keys = warp_up(keys, levels[-1], impl=self.impl)
             rows = choose("mov", self.impl, keys) == "triton"
-            queries, keys = project(b, rows=rows), project.finish(keys, rows=rows)
+            queries, keys = project.finish(queries, rows=rows), project.finish(keys, rows=rows)
             found = mov(queries, keys, window=window, groups=groups, impl=self.impl)
             levels.append(compose(found, levels[-1], impl=self.impl) if levels else found)
         return levels if return_levels else levels[-1]
 
-    def _check(self, features_a: Sequence[Tensor], features_b: Sequence[Tensor]) -> None:
+    def _check(self, features_a: Sequence[Tensor], features_b: Sequence[Tensor] | None) -> None:
         for name, features in (("features_a", features_a), ("features_b", features_b)):
-            if len(features) != len(self.channels):
+            if features is not None and len(features) != len(self.channels):
                 raise InputError(f"{name} must be {len(self.channels)} maps, coarse to fine, got {len(features)}")
         coarser = None
-        for level, (a, b, c) in enumerate(zip(features_a, features_b, self.channels, strict=True)):
+        for level, (a, c) in enumerate(zip(features_a, self.channels, strict=True)):
             if check_map(f"features_a[{level}]", a) != self.ndim or a.shape[1] != c:
                 raise InputError(
                     f"features_a[{level}] must be (B, {c}, *S) with {self.ndim} spatial axes, got {shape_of(a)}"
                 )
-            check_same(f"features_b[{level}]", b, f"features_a[{level}]", a, "shape", "dtype", "device")
+            if features_b is not None:
+                whats = ("shape", "dtype", "device")
+                check_same(f"features_b[{level}]", features_b[level], f"features_a[{level}]", a, *whats)
+            elif a.shape[0] % 2:
+                raise InputError(f"features_a must hold both views, an even batch, without features_b, got {len(a)}")
             check_same(f"features_a[{level}]", a, "features_a[0]", features_a[0], "batch", "device")
             if coarser is not None and any(f != 2 * s for f, s in zip(a.shape[2:], coarser, strict=True)):
                 divisor = 2 ** (len(self.channels) - 1)

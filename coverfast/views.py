@@ -1,27 +1,28 @@
 """Self-vector regression (SeVR): from one image two views, and the displacement field that relates them.
 
 View a is a crop of the image with a new appearance; view b is the same crop of the image after a random affine map.
-Scalar parameters are drawn on the CPU, dense noise on the images' device; both are functions of (seed, iteration,
-position in the global batch), see `coverfast.philox`.
+Scalar parameters are drawn on the CPU (`coverfast.view_draws`), dense noise on the images' device; both are functions
+of (seed, iteration, position in the global batch), see `coverfast.philox`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, pi
+from math import ceil
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from coverfast.checks import InputError, check_map, per_axis, shape_of
 from coverfast.geometry import AffineDVF, Size, as_dvf, axis_coordinates, inside_mask, positions
+from coverfast.ops.dispatch import choose
+from coverfast.ops.losses import Mask
 from coverfast.ops.warp import resample
-from coverfast.philox import STREAM_ELASTIC, STREAM_FILL, STREAM_NOISE, STREAM_SCALARS, normal, uniform
+from coverfast.philox import STREAM_ELASTIC, STREAM_FILL, STREAM_NOISE, normal, uniform
+from coverfast.view_draws import Draws, blur_weights, draw
 from coverfast.view_settings import ViewSettings
-
-#: A Gaussian narrower than this has no weight beyond its centre pixel in float32.
-_NO_BLUR = 0.15
 
 
 @dataclass(frozen=True)
@@ -29,88 +30,34 @@ class Views:
     """Two views of each image of a batch and their ground truth.
 
     Attributes:
-        x_a: `(B, C, *S)` float32, the crop with a new appearance.
-        x_b: `(B, C, *S)` float32, the same crop of the spatially transformed image.
+        pair: `(2 B, C, *S)` float32, all views a, then all views b: one batch for a backbone.
         target: the field from b into a, `x_b(p) = x(p + psi(p))`; its numbers, or a tensor with an elastic part.
-        mask: `(B, 1, *S)` bool, pixels of b that view a shows too.
+        shown: pixels of b that view a shows too: "inside" where the field alone says so, otherwise bool `(B, 1, *S)`.
     """
 
-    x_a: Tensor
-    x_b: Tensor
+    pair: Tensor
     target: Tensor | AffineDVF
-    mask: Tensor
+    shown: Mask
+
+    @property
+    def x_a(self) -> Tensor:
+        """`(B, C, *S)`, the crop with a new appearance."""
+        return self.pair[: len(self.pair) // 2]
+
+    @property
+    def x_b(self) -> Tensor:
+        """`(B, C, *S)`, the same crop of the spatially transformed image."""
+        return self.pair[len(self.pair) // 2 :]
 
     @property
     def dvf(self) -> Tensor:
         """The ground-truth field, `(B, n, *S)`."""
         return as_dvf(self.target)
 
-
-class _Draws:
-    """The scalar draws of a batch, taken in a fixed order: `(B, count)` uniforms in [0, 1), float64, on the CPU."""
-
-    def __init__(self, seed: int, iteration: int, samples: Tensor, count: int) -> None:
-        self.values = uniform(seed, STREAM_SCALARS, iteration, samples, count).double()
-        self.used = 0
-
-    def take(self, count: int) -> Tensor:
-        self.used += count
-        return self.values[:, self.used - count : self.used]
-
-
-def sample_affine(u: Tensor, sizes: Tensor, settings: ViewSettings) -> Tensor:
-    """Random affine maps `theta = [A | t]`, `A = R * Sh * Sc` (COVER Eq. 26).
-
-    Args:
-        u: `(B, affine_draws(n))` uniforms in [0, 1), in the order rotations, shears, scales, translations.
-        sizes: `(B, n)` image sizes in pixels.
-        settings: the ranges.
-
-    Returns:
-        `(B, n, n + 1)`, dtype of `u`; `t` in pixels.
-    """
-    batch, n = sizes.shape
-    s = 2 * u - 1
-    planes = [(0, 1)] if n == 2 else [(1, 2), (0, 2), (0, 1)]  # R = Rz Ry Rx; Rz turns the (y, x) plane
-    angles, s = s[:, : len(planes)] * settings.strength * settings.rotation, s[:, len(planes) :]
-    eye = torch.eye(n, dtype=u.dtype).expand(batch, n, n)
-    matrix = eye
-    for (i, j), angle in zip(planes, angles.unbind(1), strict=True):
-        turn = eye.clone()
-        turn[:, i, i] = turn[:, j, j] = angle.cos()
-        turn[:, i, j], turn[:, j, i] = angle.sin(), -angle.sin()
-        matrix = matrix @ turn
-    pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
-    shear, s = (s[:, : len(pairs)] * settings.strength * settings.shear).tan(), s[:, len(pairs) :]
-    sheared = eye.clone()
-    for (i, j), value in zip(pairs, shear.unbind(1), strict=True):
-        sheared[:, i, j] = value
-    matrix = matrix @ sheared * (1 + s[:, None, :n] * settings.strength * settings.scale)
-    shift = s[:, n : 2 * n] * settings.strength * settings.translation * sizes
-    return torch.cat([matrix, shift[..., None].to(matrix)], -1)
-
-
-def affine_draws(n: int) -> int:
-    """How many uniforms `sample_affine` takes in `n` dimensions."""
-    return (1 if n == 2 else 3) + n * (n - 1) + 2 * n
-
-
-def expected_mask(sizes: Tensor, crop: Sequence[int], settings: ViewSettings) -> float:
-    """Mean share of view b that view a shows too, for images of `(N, n)` sizes: what a pretraining can learn from.
-
-    Estimated on a few points of each of N random views.
-    """
-    n = sizes.shape[1]
-    draws = _Draws(0, 0, torch.arange(len(sizes)), affine_draws(n) + n)
-    theta = sample_affine(draws.take(affine_draws(n)), sizes, settings)
-    room = sizes - torch.tensor(crop)
-    origin = (draws.take(n) * (room.abs() + 1)).floor() * room.sign()
-    axes = [torch.linspace(0, c - 1, 7, dtype=torch.float64) for c in crop]
-    points = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
-    centre, start = ((sizes - 1) / 2)[..., None], origin[..., None]
-    seen = theta[:, :, :n] @ (points + start - centre) + theta[:, :, n:] + centre - start
-    inside = (seen >= 0) & (seen <= torch.tensor(crop)[:, None] - 1)
-    return float(inside.all(1).double().mean())
+    @property
+    def mask(self) -> Tensor:
+        """`shown` as a tensor, `(B, 1, *S)` bool."""
+        return self.shown if isinstance(self.shown, Tensor) else inside_mask(self.target)
 
 
 def make_views(
@@ -123,6 +70,7 @@ def make_views(
     sizes: Tensor | None = None,
     settings: ViewSettings | None = None,
     pad: bool = False,
+    impl: str = "auto",
 ) -> Views:
     """Draw two views of each image.
 
@@ -137,13 +85,14 @@ def make_views(
         settings: ranges of the transforms.
         pad: allow crops larger than an image: it is placed at random inside a zero crop, and the mask is off where
             either end of a displacement lies in the padding.
+        impl: "auto", "triton" or "torch"; "reference" warps by the definition.
 
     Returns:
-        `Views`; the same whatever the split of the batch, and on every device to rounding.
+        `Views`; the same whatever the split of the batch, and on every device and in every `impl` to rounding.
     """
     n = check_map("images", images)
-    with torch.autocast(images.device.type, enabled=False):
-        return _make_views(images, n, crop, seed, iteration, samples, sizes, settings or ViewSettings(), pad)
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        return _make_views(images, n, crop, seed, iteration, samples, sizes, settings or ViewSettings(), pad, impl)
 
 
 def _make_views(
@@ -156,13 +105,14 @@ def _make_views(
     sizes: Tensor | None,
     settings: ViewSettings,
     pad: bool,
+    impl: str,
 ) -> Views:
     crop = per_axis("crop", crop, n)
     if not 0 <= seed < 2**64:
         raise InputError(f"seed must be in [0, 2^64), got {seed}")
-    batch = images.shape[0]
-    samples = torch.arange(batch) if samples is None else samples
-    sizes = torch.tensor(images.shape[2:]).expand(batch, n) if sizes is None else sizes
+    batch, device = len(images), images.device
+    samples = torch.arange(batch) if samples is None else samples.cpu()
+    sizes = torch.tensor(images.shape[2:]).expand(batch, n) if sizes is None else sizes.cpu()
     if samples.shape != (batch,) or sizes.shape != (batch, n):
         raise InputError(
             f"samples must be (B,) and sizes (B, n) for B = {batch}, got {shape_of(samples)} and {shape_of(sizes)}"
@@ -172,26 +122,53 @@ def _make_views(
     if padded and not pad:
         small = sizes[(room < 0).any(1)][0].tolist()
         raise InputError(f"crop must fit into every image, {tuple(small)} at the smallest, got {crop}")
+    chosen = choose("views", impl, images)
     images = images.float()
-
-    draws = _Draws(seed, iteration, samples, affine_draws(n) + n + _APPEARANCE_DRAWS + (2 * n + 1) * settings.boxes)
-    theta = sample_affine(draws.take(affine_draws(n)), sizes, settings)
-    # An image larger than the crop is cut at random, a smaller one placed at random: the origin is then negative.
-    origin = (draws.take(n) * (room.abs() + 1)).floor().long() * room.sign()
-    device = images.device
-    target: AffineDVF | Tensor = AffineDVF(
-        theta.float().to(device), crop, full_size=sizes.to(device), origin=origin.to(device)
+    draws = draw(seed, iteration, samples.numpy(), sizes.numpy(), crop, settings)
+    weights = blur_weights(draws.blur, settings.blur)
+    params = np.concatenate(
+        [
+            samples.numpy().astype(np.int32)[:, None].view(np.float32),
+            np.stack([draws.noise, draws.contrast, draws.brightness], 1),
+            draws.boxes.reshape(batch, settings.boxes * 2 * n),
+            weights,
+        ],
+        1,
+        dtype=np.float32,
     )
+    # The field's numbers and the parameters, in one copy to the device.
+    ends = (sizes.numpy() - 1)[..., None] / 2, draws.origin[..., None]
+    numbers = np.concatenate([draws.theta, *ends], 2).astype(np.float32)
+    sent = torch.from_numpy(np.concatenate([numbers.ravel(), params.ravel()])).to(device, non_blocking=True)
+    affine = AffineDVF.of(sent[: numbers.size].view(numbers.shape), crop)
+    target: AffineDVF | Tensor = affine
+    into: AffineDVF | Tensor = affine  # where view b looks in the whole image
+    shown: Mask = "inside"
+    origin = torch.from_numpy(draws.origin)
     if settings.elastic * settings.strength > 0:
-        target = as_dvf(target) + _elastic(seed, iteration, samples, sizes, origin, crop, settings).to(device)
-
-    dvf = as_dvf(target)
-    shift = origin.to(dvf).reshape(batch, n, *[1] * n)
-    mask = inside_mask(dvf)
+        target = affine.dense() + _elastic(seed, iteration, samples, sizes, origin, crop, settings).to(device)
+        into = target + _shift(origin, target)
     if padded:
-        mask = mask & _in_image(torch.zeros_like(dvf) + shift, sizes) & _in_image(dvf + shift, sizes)
-    x_a = _appearance(_cut(images, origin, crop), seed, iteration, samples, draws, settings)
-    return Views(x_a, resample(images, dvf + shift), target, mask)
+        dvf = as_dvf(target)
+        shift = _shift(origin, dvf)
+        shown = inside_mask(dvf) & _in_image(torch.zeros_like(dvf) + shift, sizes) & _in_image(dvf + shift, sizes)
+
+    pair = images.new_empty(2 * batch, images.shape[1], *crop)
+    views = Views(pair, target, shown)
+    if chosen == "triton":
+        from coverfast.ops.views import fill_pair
+
+        counts, there = {"boxes": settings.boxes, "taps": weights.shape[1]}, sent[numbers.size :].view(params.shape)
+        field, form = (into, "dense") if isinstance(into, Tensor) else (affine.numbers, "crop")
+        fill_pair(pair, images, affine.numbers, there, field, form, seed, iteration, **counts)
+    else:
+        views.x_a.copy_(_appearance(_cut(images, origin, crop), seed, iteration, samples, draws, settings, weights))
+        views.x_b.copy_(resample(images, into, impl=chosen))
+    return views
+
+
+def _shift(origin: Tensor, like: Tensor) -> Tensor:
+    return origin.to(like).reshape(*origin.shape, *[1] * origin.shape[1])
 
 
 def _cut(images: Tensor, origin: Tensor, crop: Sequence[int]) -> Tensor:
@@ -242,47 +219,41 @@ def _elastic(
     return torch.stack(fields) if fields else torch.zeros(0, len(crop), *crop)
 
 
-# apply? and amount of noise, blur, contrast; apply? and two and a normal's pair for brightness; apply? for boxes
-_APPEARANCE_DRAWS = 2 + 2 + 2 + 4 + 1
-
-
-def _appearance(x: Tensor, seed: int, iteration: int, samples: Tensor, draws: _Draws, settings: ViewSettings) -> Tensor:
+def _appearance(
+    x: Tensor,
+    seed: int,
+    iteration: int,
+    samples: Tensor,
+    draws: Draws,
+    settings: ViewSettings,
+    weights: np.ndarray,
+) -> Tensor:
     """Noise, blur, contrast, brightness and in-painting, each with its probability (COVER Sec. B.1)."""
     n, elements = x.ndim - 2, x[0].numel() if len(x) else 0
     on_device = samples.to(x.device)
 
-    def per_sample(values: Tensor) -> Tensor:
-        return values.to(x).reshape(-1, *[1] * (n + 1))
+    def per_sample(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(x).reshape(-1, *[1] * (n + 1))
 
-    def chance() -> Tensor:
-        return draws.take(1)[:, 0] < settings.probability
-
-    sigma = chance() * draws.take(1)[:, 0] * settings.noise
     if settings.noise:
-        x = x + per_sample(sigma) * normal(seed, STREAM_NOISE, iteration, on_device, elements).view(x.shape)
-    sigma = chance() * draws.take(1)[:, 0] * settings.blur
-    if settings.blur >= _NO_BLUR:
-        x = _blur(x, sigma, settings.blur)
-    change = chance() * (2 * draws.take(1)[:, 0] - 1) * settings.contrast  # gamma - 1
+        noise = normal(seed, STREAM_NOISE, iteration, on_device, elements).view(x.shape)
+        x = x + per_sample(draws.noise) * noise
+    if weights.shape[1]:
+        x = _blur(x, torch.from_numpy(weights))
     # Image by image: torch sums a batch in another order than a single image, and the split must not show.
     means = [image.mean(tuple(range(1, 1 + n)), keepdim=True) for image in x]
-    x = x + per_sample(change) * (x - (torch.stack(means) if means else x))
-    apply, u = chance(), draws.take(3)
-    standard = (-2 * (1 - u[:, 1]).log()).sqrt() * (2 * pi * u[:, 2]).cos()
-    x = x + per_sample(apply * u[:, 0] * settings.brightness * standard)
-    present = chance()
+    x = x + per_sample(draws.contrast) * (x - (torch.stack(means) if means else x))
+    x = x + per_sample(draws.brightness)
     if not settings.boxes:
         return x
     fill = uniform(seed, STREAM_FILL, iteration, on_device, elements).view(x.shape)
-    return torch.where(_boxes(x, draws, present, settings), fill, x)
+    return torch.where(_boxes(x, torch.from_numpy(draws.boxes)), fill, x)
 
 
-def _blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
-    """Gaussian blur with one width per sample, edges repeated."""
-    reach = ceil(4 * largest)
-    offsets = torch.arange(-reach, reach + 1).double()
-    weights = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)
-    weights = (weights / weights.sum(1, keepdim=True)).to(x)
+def _blur(x: Tensor, weights: Tensor) -> Tensor:
+    """Blur with one set of weights `(B, taps)` a sample along every axis, edges repeated."""
+    reach = weights.shape[1] // 2
+    weights = weights.to(x)
     for axis in range(2, x.ndim):
         length = x.shape[axis]
         out = torch.zeros_like(x)
@@ -293,23 +264,15 @@ def _blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
     return x
 
 
-def _boxes(x: Tensor, draws: _Draws, present: Tensor, settings: ViewSettings) -> Tensor:
-    """Union of the boxes to in-paint, `(B, 1, *S)` bool; sides from 1/10 to 4/30 of each axis, inside the crop."""
+def _boxes(x: Tensor, boxes: Tensor) -> Tensor:
+    """Union of the boxes `(B, boxes, n, 2)`, `(B, 1, *S)` bool."""
     n = x.ndim - 2
     mask = torch.zeros_like(x[:, :1], dtype=torch.bool)
     axes = axis_coordinates(x.shape[2:], mask.int())
-    for box in range(settings.boxes):
-        u = draws.take(2 * n + 1)
-        if box:
-            present = present & (u[:, 0] < 0.95)
-        inside = present.to(x.device).reshape(-1, *[1] * n)
-        for axis, (size, p) in enumerate(zip(x.shape[2:], axes, strict=True)):
-            least = max(1, ceil(size / 10))
-            most = max(least, 4 * size // 30)
-            side = least + (u[:, 1 + axis] * (most - least + 1)).floor()
-            start = (u[:, 1 + n + axis] * (size - side + 1)).floor()
-            first = start.to(x.device).reshape(-1, *[1] * n)
-            last = (start + side).to(x.device).reshape(-1, *[1] * n)
+    for box in boxes.to(x.device).unbind(1):
+        inside = torch.ones_like(mask[:, 0])
+        for axis, p in enumerate(axes):
+            first, last = (box[:, axis, end].reshape(-1, *[1] * n) for end in (0, 1))
             inside = inside & (p >= first) & (p < last)
         mask |= inside.unsqueeze(1)
     return mask

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from strategies import assert_near, randn, views_of
 
 from coverfast import AffineDVF, ViewSettings, affine_dvf, inside_mask, warp
-from coverfast.views import _blur, affine_draws, sample_affine
+from coverfast.view_draws import affine_draws, blur_weights, sample_affine
+from coverfast.views import _blur
 
 PLAIN = ViewSettings(probability=0.0)  # the spatial map alone
 STILL = ViewSettings(strength=0.0, probability=1.0, noise=0, blur=0, contrast=0, brightness=0, boxes=0)
@@ -60,7 +61,7 @@ def parts(u, n, strength=1.0):
 @given(st.floats(0, 1.9), st.integers(0, 2**16))
 def test_the_matrix_is_rotation_shear_scale(n, strength, seed):
     sizes, u = torch.tensor([[40, 60, 20][:n]]), uniforms(1, n, seed)
-    theta = sample_affine(u, sizes, ViewSettings(strength=strength))[0].numpy()
+    theta = sample_affine(u.numpy(), sizes.numpy(), ViewSettings(strength=strength))[0]
     rotation, shear, scales, shift = parts(u[0], n, strength)
     np.testing.assert_allclose(theta[:, :n], rotation @ shear @ np.diag(scales), atol=1e-12)
     np.testing.assert_allclose(theta[:, n], shift * sizes[0].numpy(), atol=1e-12)
@@ -73,7 +74,8 @@ def test_each_range_is_filled(n, strength):
     alone["translation"] = 0
 
     def sample(**which):
-        return sample_affine(uniforms(4000, n), sizes, ViewSettings(strength=strength, **(alone | which)))
+        settings = ViewSettings(strength=strength, **(alone | which))
+        return torch.from_numpy(sample_affine(uniforms(4000, n).numpy(), sizes.numpy(), settings))
 
     def fills(values, low, high):
         assert float(values.min()) >= low - 1e-9
@@ -257,7 +259,7 @@ def test_blur_by_direct_sums(size):
                 picked = rows[np.clip(i + taps, 0, length - 1)]
                 np.moveaxis(out[b], axis - 1, 0)[i] = np.tensordot(weights / weights.sum(), picked, 1)
         expected = out
-    out = _blur(x, sigma.double(), 1.5)
+    out = _blur(x, torch.from_numpy(blur_weights(sigma.double().numpy(), 1.5)))
     assert_near(out.double(), torch.from_numpy(expected), atol=2e-4)
     assert_near(out[0], x[0], atol=1e-6)
 

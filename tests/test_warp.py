@@ -254,7 +254,9 @@ def test_second_order_raises():
 def test_opcheck(mode, size, dtype):
     x, dvf = randn(2, 3, *size, dtype=dtype), randn(2, len(size), *size, seed=1, dtype=torch.float32)
     for padding in PADDINGS:
-        torch.library.opcheck(torch.ops.coverfast.warp_forward, (*leaves(x, dvf), "dense", size, mode, padding, "torch"))
+        torch.library.opcheck(
+            torch.ops.coverfast.warp_forward, (*leaves(x, dvf), "dense", size, mode, padding, "torch")
+        )
         for to in ((True, True), (True, False), (False, True)):
             arguments = (torch.ones_like(x), x, dvf, "dense", mode, padding, "torch", *to)
             torch.library.opcheck(torch.ops.coverfast.warp_backward, arguments)

@@ -12,7 +12,7 @@ from coverfast.checks import check_choice
 from coverfast.geometry import Size, upsample_dvf
 from coverfast.methods import Batch, Method
 from coverfast.ops.dispatch import IMPLEMENTATIONS
-from coverfast.ops.losses import consistency_loss, end_point_error, vector_loss
+from coverfast.ops.losses import consistency_loss, field_errors
 from coverfast.ops.warp import warp
 from coverfast.pyramid import VectorPyramid
 from coverfast.view_settings import ViewSettings
@@ -67,12 +67,14 @@ class Cover(Method):
                 sizes=batch.sizes,
                 settings=self.settings,
                 pad=self.pad,
+                impl=self.impl,
             )
         # Nothing in the backbone mixes samples, so both views pass as one batch.
-        pairs = [f.chunk(2) for f in self.backbone(torch.cat([views.x_a, views.x_b]))]
-        levels = self.pyramid([a for a, _ in pairs], [b for _, b in pairs], return_levels=True)
+        features = self.backbone(views.pair)
+        levels = self.pyramid(features, return_levels=True)
         assert isinstance(levels, list)
-        return Matched(views, levels, *pairs[-1])
+        feat_a, feat_b = features[-1].chunk(2)
+        return Matched(views, levels, feat_a, feat_b)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Losses and figures of merit of a batch.
@@ -81,19 +83,15 @@ class Cover(Method):
         (NaN when no pixel of view b is in view a); `mask`, the share of pixels that are.
         """
         views, levels, feat_a, feat_b = self.match(batch)
-        loss_vec = vector_loss(levels[-1], views.target, views.mask, impl=self.impl)
-        loss_con = consistency_loss(feat_a, feat_b, views.target, views.mask, impl=self.impl)
-        with torch.no_grad():
-            epe = end_point_error(levels[-1], views.target, views.mask, impl=self.impl)
-            still = self._still(views)
-            mask = views.mask.float().mean()
+        found = field_errors(levels[-1], views.target, views.shown, impl=self.impl)
+        loss_con = consistency_loss(feat_a, feat_b, views.target, views.shown, impl=self.impl)
         return {
-            "loss": loss_vec + loss_con,
-            "loss_vec": loss_vec,
+            "loss": found.l1 + loss_con,
+            "loss_vec": found.l1,
             "loss_con": loss_con,
-            "epe": epe,
-            "epe_ratio": torch.where(mask > 0, epe / still.clamp(min=1e-6), torch.nan),
-            "mask": mask,
+            "epe": found.epe,
+            "epe_ratio": torch.where(found.mask > 0, found.epe / found.still.clamp(min=1e-6), torch.nan),
+            "mask": found.mask,
         }
 
     @torch.no_grad()
@@ -102,17 +100,14 @@ class Cover(Method):
         epe = still = inside = pixels = 0.0
         for batch in batches:
             views, levels, _, _ = self.match(batch)
-            count = float(views.mask.sum())
-            epe += count * float(end_point_error(levels[-1], views.target, views.mask, impl=self.impl))
-            still += count * float(self._still(views))
-            inside, pixels = inside + count, pixels + views.mask.numel()
+            found = field_errors(levels[-1], views.target, views.shown, impl=self.impl)
+            here = levels[-1][:, 0].numel()
+            count = round(float(found.mask) * here)
+            epe += count * float(found.epe)
+            still += count * float(found.still)
+            inside, pixels = inside + count, pixels + here
         ratio = epe / max(still, 1e-6 * inside) if inside else float("nan")
         return {"epe": epe / max(1.0, inside), "epe_ratio": ratio, "mask": inside / max(1.0, pixels)}
-
-    def _still(self, views: Views) -> Tensor:
-        """The end-point error of predicting no displacement."""
-        dvf = views.dvf
-        return end_point_error(torch.zeros_like(dvf), dvf, views.mask, impl=self.impl)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor | list[Tensor]]:

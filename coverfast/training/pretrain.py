@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from coverfast.backbones import UNet, load_state, read_backbone
@@ -31,7 +32,7 @@ from coverfast.training.settings import (
     read_toml,
     resolve,
 )
-from coverfast.views import expected_mask
+from coverfast.view_draws import expected_mask
 
 #: Separates the views of validation from those of training.
 _VALIDATION_KEY = 0x5A17
@@ -192,9 +193,9 @@ def resume(flags: Mapping[str, Any]) -> Pretraining:
 
 def _warn_of_little_overlap(ready: Pretraining) -> None:
     """A crop far smaller than its image shows two views with little in common, and nothing is learned."""
-    ndim, sizes = ready.shard.ndim, torch.from_numpy(ready.shard.sizes.copy())
+    ndim, sizes = ready.shard.ndim, ready.shard.sizes
     crop = _crop(ready.settings, ndim)
-    some = sizes[torch.linspace(0, len(sizes) - 1, 256).long()]
+    some = sizes[np.linspace(0, len(sizes) - 1, 256).astype(int)].astype(np.int64)
     share = expected_mask(some, crop, ready.settings.views())
     if share < 0.3:
         ready.notes.append(

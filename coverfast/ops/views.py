@@ -1,0 +1,81 @@
+"""Both views, registered with torch: Triton alone. In torch they are the composition in `coverfast.views`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def fill_pair(
+    pair: Tensor,
+    images: Tensor,
+    numbers: Tensor,
+    params: Tensor,
+    field: Tensor,
+    form: str,
+    seed: int,
+    iteration: int,
+    *,
+    boxes: int,
+    taps: int,
+) -> None:
+    """Fill pair `(2 B, C, *S)`, contiguous float32: crops of the images in a new appearance, then warped ones.
+
+    Args:
+        pair: written.
+        images: `(B, C, *S')` float32, any strides.
+        numbers: `AffineDVF.numbers`, whose origins say where the crops begin.
+        params: what is drawn for each sample, see `kernels.views_device`.
+        field: where view b looks in the images: `numbers` with form "crop", or a field `(B, n, *S)` with form "dense".
+        form: see `ops.warp`.
+        seed: 64-bit key of the noise.
+        iteration: of the training.
+        boxes: number of boxes in `params`.
+        taps: number of weights of the blur in `params`, 0 for none.
+    """
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    torch.ops.coverfast.view_pair(pair, images, numbers, params, field, form, signed, iteration, boxes, taps)
+
+
+@torch.library.custom_op(
+    "coverfast::view_pair",
+    mutates_args=("pair",),
+    schema="(Tensor(a!) pair, Tensor images, Tensor numbers, Tensor params, Tensor field, str form, int seed,"
+    " int iteration, int boxes, int taps) -> ()",
+)
+def _view_pair(
+    pair: Tensor,
+    images: Tensor,
+    numbers: Tensor,
+    params: Tensor,
+    field: Tensor,
+    form: str,
+    seed: int,
+    iteration: int,
+    boxes: int,
+    taps: int,
+) -> None:
+    from coverfast.kernels import views as kernels
+    from coverfast.kernels.warp import forward_launch
+
+    x_a, x_b = pair.chunk(2) if len(pair) else (pair, pair)
+    drawn = {"boxes": boxes, "taps": taps, "seed": seed, "iteration": iteration}
+    for launch in kernels.appearance_launches(images, numbers, params, x_a, **drawn):
+        launch.run()
+    forward_launch(images, field, form, x_b, "linear", "zeros").run()
+
+
+@_view_pair.register_fake
+def _(
+    pair: Tensor,
+    images: Tensor,
+    numbers: Tensor,
+    params: Tensor,
+    field: Tensor,
+    form: str,
+    seed: int,
+    iteration: int,
+    boxes: int,
+    taps: int,
+) -> None:
+    return None
