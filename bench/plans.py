@@ -1,0 +1,97 @@
+"""The launches of one forward and backward of each operator, as training makes them, planned on a case's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from coverfast.bench.problems import Case
+from coverfast.kernels.launch import Architecture, Launch
+from coverfast.layout import new_like
+
+
+def mov_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> Iterator[Launch]:
+    """Forward, dq, dk."""
+    from coverfast.kernels import mov as kernels
+    from coverfast.ops import mov as op
+
+    (q, k), (window, groups) = inputs, (case.level.window, case.level.groups)
+    outputs = op._new_outputs(q, groups)
+    yield kernels.forward_launch(q, k, *outputs, window, groups, 1.0, on)
+    gradients, grad = (new_like(q), new_like(k)), torch.empty_like(outputs[0])
+    yield from kernels.backward_launches(grad, q, k, *outputs, *gradients, window, groups, 1.0, on)
+
+
+def warp_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> Iterator[Launch]:
+    """As the pyramid warps: by the field of the level above, up-sampled on the way; backward also in fixed point."""
+    from coverfast.kernels import warp as kernels
+
+    x, dvf = inputs
+    coarse = dvf.new_empty((*dvf.shape[:2], *(s // 2 for s in dvf.shape[2:])))
+    problem = (coarse, "coarse")
+    yield kernels.forward_launch(x, *problem, new_like(x), "linear", "zeros", on)
+    for dtype, scale in ((dvf.dtype, None), (torch.int64, dvf.new_empty(()))):
+        dx = new_like(x, dtype=dtype)
+        yield kernels.backward_launch(x, x, *problem, dx, dvf, scale, "linear", "zeros", on)
+    yield kernels.upsample_backward_launch(dvf, coarse, None, on)
+
+
+def compose_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> Iterator[Launch]:
+    """Forward; backward, also in fixed point."""
+    from coverfast.kernels import compose as kernels
+    from coverfast.kernels.warp import upsample_backward_launch
+
+    fine, coarse = inputs
+    yield kernels.forward_launch(fine, coarse, fine, on)
+    for dtype, scale in ((fine.dtype, None), (torch.int64, fine.new_empty(()))):
+        d_up = torch.empty_like(fine, dtype=dtype)
+        yield kernels.backward_launch(fine, fine, coarse, fine, d_up, scale, on)
+        yield upsample_backward_launch(d_up, coarse, scale, on)
+
+
+def losses_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> Iterator[Launch]:
+    """Errors of a field or consistency of features, against an affine truth; backward, also through dense gradients."""
+    from coverfast.kernels import losses as kernels
+
+    *maps, theta = inputs
+    truth = (theta.new_empty(theta.shape[0], theta.shape[1], theta.shape[1] + 3), "affine", None, True)
+    if len(maps) == 1:
+        (pred,) = maps
+        grad = pred.new_empty(4, dtype=torch.float64)
+        yield kernels.field_errors_launch(pred, *truth, on)[0]
+        yield kernels.field_errors_backward_launch(grad, pred, *truth, pred, None, on)
+        return
+    feat_a, feat_b = maps
+    grad = feat_a.new_empty(2, dtype=torch.float64)
+    yield kernels.consistency_launch(feat_a, feat_b, *truth, on)[0]
+    for dense in (False, True):
+        d_a = new_like(feat_a, dtype=theta.dtype)
+        problem = (grad, feat_a, feat_b, *truth, d_a, new_like(feat_b))
+        yield kernels.consistency_backward_launch(*problem, dense=dense, on=on)
+
+
+def views_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> Iterator[Launch]:
+    """View a with the default settings, without blur, and with it; view b."""
+    from coverfast.kernels import views as kernels
+    from coverfast.kernels.warp import forward_launch
+
+    images, n, boxes = inputs[0].float(), len(case.level.size), 10
+    out = images.new_empty((*images.shape[:2], *case.level.size))
+    numbers = images.new_empty(len(images), n, n + 3)
+    for taps in (0, 5):
+        params = images.new_empty(len(images), 4 + 2 * n * boxes + taps)
+        drawn = {"boxes": boxes, "taps": taps, "seed": 2**40, "iteration": 2}
+        yield from kernels.appearance_launches(images, numbers, params, out, **drawn, on=on)
+    yield forward_launch(images, numbers, "crop", out, "linear", "zeros", on)
+
+
+#: By operator.
+LAUNCHES: dict[str, Callable[[Case, Sequence[Tensor], Architecture], Iterator[Launch]]] = {
+    "mov": mov_launches,
+    "warp": warp_launches,
+    "compose": compose_launches,
+    "losses": losses_launches,
+    "views": views_launches,
+}
