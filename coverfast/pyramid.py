@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coverfast.checks import InputError, check_choice, check_map, check_same, check_window, require, shape_of
-from coverfast.layout import channels_last
 from coverfast.ops.compose import compose
-from coverfast.ops.dispatch import IMPLEMENTATIONS, choose
+from coverfast.ops.dispatch import IMPLEMENTATIONS
 from coverfast.ops.mov import mov
+from coverfast.ops.norm import sample_norm
 from coverfast.ops.warp import warp_up
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -41,20 +41,15 @@ class Projection(nn.Module):
         """The convolution without its bias."""
         return (F.conv2d if x.ndim == 4 else F.conv3d)(x, self.conv.weight)
 
-    def finish(self, x: Tensor, *, rows: bool = False) -> Tensor:
-        """The bias and the norm, in the dtype of `x`: autocast would leave float32, twice the bytes for `mov`.
-
-        With `rows` channels-last, in the same pass: the Triton kernels of `mov` then read it in place.
-        """
+    def finish(self, x: Tensor, *, impl: str = "auto") -> Tensor:
+        """The bias and the norm, in the dtype of `x`: autocast would leave float32, twice the bytes for `mov`."""
         assert self.conv.bias is not None
-        y = self.norm(x + self.conv.bias.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2)))
-        if not rows:
-            return y.to(x.dtype)
-        return y.to(x.dtype, memory_format=channels_last(x))
+        norm = self.norm
+        return sample_norm(x, self.conv.bias, norm.weight, norm.bias, eps=norm.eps, impl=impl)
 
-    def forward(self, x: Tensor, *, rows: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, impl: str = "auto") -> Tensor:
         """Both halves."""
-        return self.finish(self.linear(x), rows=rows)
+        return self.finish(self.linear(x), impl=impl)
 
 
 class VectorPyramid(nn.Module):
@@ -138,8 +133,7 @@ class VectorPyramid(nn.Module):
                 keys, queries = project.linear(features_a[level]), project.linear(features_b[level])
             if levels:
                 keys = warp_up(keys, levels[-1], impl=self.impl)
-            rows = choose("mov", self.impl, keys) == "triton"
-            queries, keys = project.finish(queries, rows=rows), project.finish(keys, rows=rows)
+            queries, keys = project.finish(queries, impl=self.impl), project.finish(keys, impl=self.impl)
             found = mov(queries, keys, window=window, groups=groups, impl=self.impl)
             levels.append(compose(found, levels[-1], impl=self.impl) if levels else found)
         return levels if return_levels else levels[-1]

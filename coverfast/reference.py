@@ -116,6 +116,16 @@ def compose(fine: Tensor, coarse: Tensor) -> Tensor:
     return fine + warp(upsample_dvf(coarse, fine.shape[2:]), fine, "linear", "border")
 
 
+def sample_norm(x: Tensor, bias: Tensor, weight: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """Bias, then GroupNorm with one group: each sample over its channels and pixels."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    own, scale, moved = (rearrange(v.to(dtype), f"c -> 1 c {'1 ' * (x.ndim - 2)}") for v in (bias, weight, shift))
+    value = x.to(dtype) + own
+    away = value - reduce(value, "b ... -> b" + " 1" * (x.ndim - 1), "mean")
+    spread = reduce(away * away, "b ... -> b" + " 1" * (x.ndim - 1), "mean")
+    return (away / (spread + eps).sqrt() * scale + moved).to(x.dtype)
+
+
 def masked_mean(values: Tensor, mask: Tensor | None, denominator: Tensor | float | None) -> Tensor:
     """Sum of `values` `(B, 1, *S)` where the mask is set, over `denominator` (default: pixels set, at least 1)."""
     if mask is None:

@@ -131,7 +131,7 @@ class FixedPoint:
 def fixed_point(values: Tensor, dtype: torch.dtype, addends: int) -> FixedPoint:
     """Units so fine that `addends` of the largest of `values` still fit into 62 bits.
 
-    A sum of 2^21 pixels is exact to 2^-40 of the largest value. Where a value is not finite all sums are NaN.
+    Over 2^21 pixels an addend is cut by less than 2^-38 of the largest. Where a value is not finite all sums are NaN.
     """
     top = (
         torch.linalg.vector_norm(values, torch.inf, dtype=dtype)

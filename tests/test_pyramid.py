@@ -119,24 +119,6 @@ def test_autocast_matches_in_low_precision_and_gives_a_float32_field(monkeypatch
     assert psi.dtype == torch.float32
 
 
-@pytest.mark.parametrize("ndim", [2, 3])
-def test_the_kernels_get_rows_of_channels(ndim, monkeypatch):
-    """Channels-last, so that nothing is copied for each of them; the same field."""
-    strides = []
-
-    def spy(q, k, **options):
-        strides.extend((q.stride(1), k.stride(1)))
-        return mov(q, k, **options)
-
-    pyramid = VectorPyramid(ndim, (8, 4), (2, 1), 4, 3)
-    maps = [randn(1, c, *[s] * ndim, dtype=torch.float32) for c, s in ((8, 4), (4, 8))]
-    plain = pyramid(maps, maps)
-    monkeypatch.setattr(module, "mov", spy)
-    monkeypatch.setattr(module, "choose", lambda op, impl, tensor: "triton")
-    assert_near(pyramid(maps, maps), plain, atol=1e-5, rtol=1e-5)
-    assert strides == [1] * 4
-
-
 def test_defaults():
     for ndim, window, reach in ((2, 7, 93), (3, 5, 62)):
         pyramid = VectorPyramid(ndim, (512, 256, 128, 64, 32))

@@ -54,9 +54,9 @@ def field_errors(
         l1 = means[0] if denominator is None else (sums[0] / denominator).to(pred.dtype)
         share = sums[3] / max(1, pred[:, 0].numel())
         return FieldErrors(l1, means[1].detach(), means[2].detach(), share.to(pred.dtype).detach())
-    loss = vector_loss(pred, target, mask, denominator=denominator, impl=impl)
+    dense, where = _check_fields(pred, target, mask)
+    loss = vector_loss(pred, dense, where, denominator=denominator, impl=impl)
     with torch.no_grad():
-        dense, where = _check_fields(pred, target, mask)
         epe = end_point_error(pred, dense, where, impl=impl)
         still = end_point_error(torch.zeros_like(dense), dense, where, impl=impl)
         share = loss.new_ones(()) if where is None else where.to(pred.dtype).mean()
