@@ -96,7 +96,7 @@ def _shared(on: Architecture | None, x: Tensor, *others: Tensor) -> tuple[int, d
 
 def backward(grad: Tensor, x: Tensor, bias: Tensor, weight: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
     """dx, in the layout of x, and the gradients `(3, C)` of bias, weight and shift."""
-    d_parameters = statistics.new_zeros(3, x.shape[1])
+    d_parameters = statistics.new_empty(3, x.shape[1])
     dx = new_like(x)
     direct = _rows(dense(x)) == _rows(dx)
     target = dx if direct else torch.empty_like(dense(x))

@@ -50,6 +50,39 @@ def test_equals_the_plain_order(ndim, coarse, window):
 
 
 @pytest.mark.parametrize(("ndim", "coarse", "window"), CASES)
+def test_both_views_in_one_batch(ndim, coarse, window):
+    """All of a before all of b: fields and gradients are those of two batches, and of the plain order."""
+    pyramid = build(ndim, window=window)
+    a, b = features(pyramid.channels, coarse), features(pyramid.channels, coarse, seed=50)
+    apart = leaves(*a, *b)
+    levels = pyramid(apart[:3], apart[3:], return_levels=True)
+    stacked = leaves(*(torch.cat(pair) for pair in zip(a, b, strict=True)))
+    together = pyramid(stacked, return_levels=True)
+    for ours, theirs in zip(together, levels, strict=True):
+        assert_near(ours, theirs)
+    assert torch.equal(pyramid(stacked), together[-1])
+    parameters = list(pyramid.parameters())
+    ours, theirs = gradients(together[-1], [*stacked, *parameters]), gradients(levels[-1], [*apart, *parameters])
+    for slope, of_a, of_b in zip(ours, theirs[:3], theirs[3:6], strict=False):
+        assert_near(slope, torch.cat([of_a, of_b]))
+    for slope, expected in zip(ours[3:], theirs[6:], strict=True):
+        assert_near(slope, expected)
+    # Where the views change places the field is another one.
+    swapped = pyramid([torch.cat([y, x]) for x, y in zip(a, b, strict=True)])
+    assert not torch.allclose(swapped, levels[-1], atol=0.1)
+    assert_near(swapped, pyramid(b, a))
+    with torch.no_grad():
+        psi = None
+        for both, project, groups in zip(stacked, pyramid.projections, pyramid.groups, strict=True):
+            f_a, f_b = both.chunk(2)
+            if psi is not None:
+                f_a = warp(f_a, upsample_dvf(psi, f_a.shape[2:]))
+            found = mov(project(f_b), project(f_a), window=window, groups=groups)
+            psi = compose(found, psi) if psi is not None else found
+        assert_near(together[-1].detach(), psi, atol=1e-9)
+
+
+@pytest.mark.parametrize(("ndim", "coarse", "window"), CASES)
 def test_equals_the_reference_definitions(ndim, coarse, window):
     pyramid = build(ndim, window=window)
     a, b = features(pyramid.channels, coarse), features(pyramid.channels, coarse, seed=50)
@@ -164,6 +197,8 @@ def test_refusals():
         pyramid([a[0], a[0], a[2]], a)
     with refused("features_a[0]", "2 spatial axes"):
         pyramid([x[..., None] for x in a], [x[..., None] for x in a])
+    with refused("features_a", "both views", "3"):
+        pyramid([x[[0, 1, 1]] for x in a])
     with refused("features_b[2]", "shape of features_a[2]"):
         pyramid(a, [*a[:2], a[2][..., 1:]])
     with refused("features_b[0]", "dtype of features_a[0]"):

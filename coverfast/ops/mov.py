@@ -147,9 +147,12 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, ctx.window, ctx.groups, ctx.scale, ctx.impl = inputs
     ctx.save_for_backward(q, k, *output)
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)  # no zeros for these two
 
 
 def _autograd(ctx, grad, _grad_lse, _grad_vectors):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 6
     saved = ctx.saved_tensors
     dq, dk = torch.ops.coverfast.mov_backward(grad, *saved, ctx.window, ctx.groups, ctx.scale, ctx.impl)
     return dq, dk, None, None, None, None

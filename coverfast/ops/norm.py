@@ -96,9 +96,12 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(x, bias, weight, output[1])
     ctx.dtypes = bias.dtype, weight.dtype, shift.dtype
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for it
 
 
 def _autograd(ctx, grad, _):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 5
     dx, of = torch.ops.coverfast.norm_backward(grad, *ctx.saved_tensors)
     return dx, *(d.to(dtype) for d, dtype in zip(of.unbind(0), ctx.dtypes, strict=True)), None
 
