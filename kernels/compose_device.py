@@ -71,7 +71,7 @@ def compose_forward_kernel(
     cells = _fine_cells(psi, z, y, x, size_z, size_y, size_x, WIDE)
     taps = (_taps(cells[0]), _taps(cells[1]), _taps(cells[2]))
     base, c_c = coarse + b * c_b, c_c.to(tl.int64)
-    totals = (psi[0] * 0, psi[0] * 0, psi[0] * 0)
+    totals = (tl.zeros_like(psi[0]), tl.zeros_like(psi[0]), tl.zeros_like(psi[0]))
     for tz in tl.static_range(3 if NDIM == 3 else 1):
         for ty in tl.static_range(3):
             for tx in tl.static_range(3):
@@ -111,12 +111,12 @@ def compose_backward_kernel(
     cells = _fine_cells(psi, z, y, x, size_z, size_y, size_x, WIDE)
     taps = (_taps(cells[0]), _taps(cells[1]), _taps(cells[2]))
     base, c_c = coarse + b * c_b, c_c.to(tl.int64)
-    d_z, d_y, d_x = psi[0] * 0, psi[0] * 0, psi[0] * 0
+    d_z, d_y, d_x = tl.zeros_like(psi[0]), tl.zeros_like(psi[0]), tl.zeros_like(psi[0])
     for tz in tl.static_range(3 if NDIM == 3 else 1):
         for ty in tl.static_range(3):
             for tx in tl.static_range(3):
                 at = _coarse_at(taps, tz, ty, tx, c_z, c_y, c_x, size_z, size_y, size_x, NDIM)
-                pull = psi[0] * 0
+                pull = tl.zeros_like(psi[0])
                 for i in tl.static_range(3 - NDIM, 3):
                     pull += g[i] * tl.load(base + (i - (3 - NDIM)) * c_c + at, mask=keep, other=0)
                 w_y, w_x = taps[1][1][ty], taps[2][1][tx]
