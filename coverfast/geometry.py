@@ -8,6 +8,7 @@ view b and points into view a (backward warping): `x_b(p) = x_a(p + psi(p))`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ def _per_sample(name: str, value: Size | Tensor, theta: Tensor, least: int | Non
             raise InputError(f"{name} as a tensor must be (B, n) = {(theta.shape[0], n)}, got {shape_of(value)}")
         return value.to(theta)
     values = per_axis(name, value, n, least=-(2**31) if least is None else least)
-    return torch.tensor(values, dtype=theta.dtype, device=theta.device).expand(theta.shape[0], n)
+    # Filled on the device: a copy from the host would make it wait, and cannot be captured.
+    return torch.stack([theta.new_full((theta.shape[0],), float(v)) for v in values], 1)
 
 
 class AffineDVF:
@@ -82,7 +84,7 @@ class AffineDVF:
     """
 
     def __init__(
-        self, theta: Tensor, size: Size, *, full_size: Size | Tensor | None = None, origin: Size | Tensor = 0
+        self, theta: Tensor, size: Size, full_size: Size | Tensor | None = None, origin: Size | Tensor = 0
     ) -> None:
         n = _check_theta(theta)
         self.size = per_axis("size", size, n)
@@ -101,6 +103,20 @@ class AffineDVF:
     def theta(self) -> Tensor:
         """`A | t`, `(B, n, n + 1)`."""
         return self.numbers[..., :-2]
+
+    def to(self, *args: Any, **kwargs: Any) -> AffineDVF:
+        """As `Tensor.to`: another device or dtype."""
+        return AffineDVF.of(self.numbers.to(*args, **kwargs), self.size)
+
+    def __repr__(self) -> str:
+        """Batch, size, dtype and device."""
+        found = self.numbers
+        return f"AffineDVF(batch={found.shape[0]}, size={self.size}, dtype={found.dtype}, device='{found.device}')"
+
+    @property
+    def full_size(self) -> Tensor:
+        """Size of the whole image, `(B, n)` int64."""
+        return (2 * self.numbers[..., -2] + 1).long()
 
     @property
     def origin(self) -> Tensor:

@@ -25,7 +25,7 @@ from coverfast.view_draws import Draws, blur_weights, draw
 from coverfast.view_settings import ViewSettings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Views:
     """Two views of each image of a batch and their ground truth.
 
@@ -108,8 +108,9 @@ def _make_views(
     impl: str,
 ) -> Views:
     crop = per_axis("crop", crop, n)
-    if not 0 <= seed < 2**64:
-        raise InputError(f"seed must be in [0, 2^64), got {seed}")
+    for name, value, bits in (("seed", seed, 64), ("iteration", iteration, 32)):
+        if not isinstance(value, int) or not 0 <= value < 2**bits:
+            raise InputError(f"{name} must be an int in [0, 2^{bits}), got {value!r}")
     batch, device = len(images), images.device
     samples = torch.arange(batch) if samples is None else samples.cpu()
     sizes = torch.tensor(images.shape[2:]).expand(batch, n) if sizes is None else sizes.cpu()
@@ -117,6 +118,10 @@ def _make_views(
         raise InputError(
             f"samples must be (B,) and sizes (B, n) for B = {batch}, got {shape_of(samples)} and {shape_of(sizes)}"
         )
+    if samples.dtype.is_floating_point or (batch and not 0 <= int(samples.min()) <= int(samples.max()) < 2**32):
+        raise InputError("samples must be integers in [0, 2^32)")
+    if sizes.dtype.is_floating_point or bool((sizes < 1).any() or (sizes > torch.tensor(images.shape[2:])).any()):
+        raise InputError(f"sizes must be integers from 1 to those of images, {shape_of(images)[2:]}")
     room = sizes - torch.tensor(crop)
     padded = bool((room < 0).any())
     if padded and not pad:
@@ -128,7 +133,7 @@ def _make_views(
     weights = blur_weights(draws.blur, settings.blur)
     params = np.concatenate(
         [
-            samples.numpy().astype(np.int32)[:, None].view(np.float32),
+            samples.numpy().astype(np.uint32)[:, None].view(np.float32),
             np.stack([draws.noise, draws.contrast, draws.brightness], 1),
             draws.boxes.reshape(batch, settings.boxes * 2 * n),
             weights,

@@ -33,9 +33,9 @@ def place(size_z, size_y, size_x, LANES: tl.constexpr, TILE_Y: tl.constexpr, TIL
 
 
 @triton.jit
-def line_of(base, b, z, stride_b, stride_z):
-    """Where a plane of a sample begins; 64 bits in any case."""
-    return base + (b * stride_b + stride_z.to(tl.int64) * z)
+def line_of(base, b, z, stride_b, stride_z, UNIT: tl.constexpr):
+    """Where a plane of a sample begins, strides in units; 64 bits in any case."""
+    return base + (b * stride_b + stride_z.to(tl.int64) * z) * UNIT
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def displacement(
                         total += (2 * 0.75**NDIM / 3 ** (far_z + far_y + far_x)) * value
             psi += (total,)
     else:
-        line = line_of(field, b, z, f_b, f_z) + (y * f_y + x * f_x)
+        line = line_of(field, b, z, f_b, f_z, 1) + (y * f_y + x * f_x)
         if NDIM == 2:
             psi += (tl.zeros(y.shape, field.dtype.element_ty),)
         for c in tl.static_range(NDIM):

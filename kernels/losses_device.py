@@ -132,7 +132,7 @@ def _matched(
     for i in tl.static_range(3):
         cells += (cell(pixel[i].to(psi[i].dtype) + psi[i], sizes[i], WIDE, False),)
     base_a = feat_a + b * a_b * UNIT
-    line_b = line_of(feat_b, b, z, b_b * UNIT, b_z * UNIT) + (y * b_y * UNIT + x * B_X)[:, None]
+    line_b = line_of(feat_b, b, z, b_b, b_z, UNIT) + (y * b_y * UNIT + x * B_X)[:, None]
     first = block.to(y.dtype) * CHUNK
     if SINGLE:
         u, v = _pair(
@@ -223,8 +223,8 @@ def consistency_backward_kernel(
     own_b = _to_lanes(tl.where(square_b > 1e-12, slope * cosine * over_b * over_b, 0.0), LANES)
     to_a = d_a + b * d_b * UNIT
     if DENSE:
-        to_a = line_of(d_a, b, z, d_b * UNIT, d_z * UNIT) + (y * d_y * UNIT + x * D_X)[:, None]
-    to_b = line_of(d_b_out, b, z, e_b * UNIT, e_z * UNIT) + (y * e_y * UNIT + x * E_X)[:, None]
+        to_a = line_of(d_a, b, z, d_b, d_z, UNIT) + (y * d_y * UNIT + x * D_X)[:, None]
+    to_b = line_of(d_b_out, b, z, e_b, e_z, UNIT) + (y * e_y * UNIT + x * E_X)[:, None]
     for start in range(0, channels, LANES * CHUNK):
         now = first + start
         c = now[:, None] + tl.arange(0, CHUNK)[None, :]

@@ -44,7 +44,7 @@ def forward_launches(
     constants |= {"X_ROWS": _rows(x)}
     arguments = {"x": x, "bias": bias, "partials": partials, "x_b": x.stride(0), "pixels": pixels}
     yield Launch(device.norm_moments_kernel, programs, 4, arguments, constants)
-    arguments |= {"weight": weight, "shift": shift, "y": y, "statistics": statistics, "eps": bits(eps)}
+    arguments = arguments | {"weight": weight, "shift": shift, "y": y, "statistics": statistics, "eps": bits(eps)}
     yield Launch(device.norm_apply_kernel, programs, 4, arguments, constants)
 
 

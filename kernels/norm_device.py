@@ -42,7 +42,7 @@ def _statistics(partials, b, pixels, SPLIT: tl.constexpr, C: tl.constexpr, P: tl
     first, last = tl.minimum(part * each * P, pixels), tl.minimum((part + 1) * each * P, pixels)
     line = partials + (b * SPLIT + part) * 2
     mean, spread = tl.load(line), tl.load(line + 1)
-    count = ((last - first) * C).to(mean.dtype)
+    count = (last - first).to(mean.dtype) * C
     total = pixels.to(mean.dtype) * C
     middle = tl.sum(count * mean) / total
     return middle, tl.sum(spread + count * (mean - middle) * (mean - middle)), total

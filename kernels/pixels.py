@@ -41,9 +41,13 @@ class Tile:
 
 
 def tile_for(size: Sequence[int], on: Architecture, lanes: int = 1, total: int = LANES) -> Tile:
-    """A tile that wastes the fewest lanes along x, the widest of these, and as high as `total` lanes allow."""
+    """A tile as high as `total` lanes allow, of the width that wastes the fewest; neighbours along x are read at once.
+
+    At least 32 lanes along x, or 8 where lanes share a pixel, but no more than the grid is wide.
+    """
     pixels = total // lanes
-    widths = [1 << p for p in range(pixels.bit_length())]
+    least = min(pixels, 32 if lanes == 1 else 8, 1 << (size[-1] - 1).bit_length())
+    widths = [w for p in range(pixels.bit_length()) if (w := 1 << p) >= least]
     x = chosen("tile", min(reversed(widths), key=lambda t: -(-size[-1] // t) * t))
     y = chosen("tile_y", max(1, min(pixels // x, 1 << (size[-2] - 1).bit_length())))
     return Tile(y, x, lanes, chosen("warps", min(4, max(1, y * x * lanes // on.warp))))
@@ -139,7 +143,8 @@ def fixed_point(values: Tensor, dtype: torch.dtype, addends: int) -> FixedPoint:
         else values.new_zeros((), dtype=dtype)
     )
     bits = 61 - max(1, addends).bit_length()
-    scale = torch.exp2(bits - top.clamp(min=2.0**-60).log2().ceil())
+    least = 2.0 ** (bits - (126 if dtype == torch.float32 else 1000))  # below, the scale itself would be infinite
+    scale = torch.exp2(bits - top.clamp(min=least).log2().ceil())
     return FixedPoint(scale, torch.where(top.isfinite(), 1 / scale, torch.nan))
 
 

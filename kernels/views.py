@@ -40,7 +40,7 @@ def appearance_launches(
     count = programs // max(1, batch * channels)
     partials, means = out.new_empty(programs), out.new_empty(batch * channels)
     shared: dict[str, Any] = {
-        "numbers": numbers, "params": params, **sizes("size", size), "channels": channels,
+        "numbers": numbers, "drawn": params, **sizes("size", size), "channels": channels,
         "seed": seed, "iteration": iteration,
     }  # fmt: skip
     constants = {"NDIM": len(size), "WIDTH": params.shape[1], "STREAM": STREAM_NOISE, **tile.constants}

@@ -1,6 +1,6 @@
 """The Triton kernels of view a's appearance (SPEC 5): crop, noise, blur, contrast, brightness, in-painting.
 
-What `place` takes for samples are the channels of all samples: b is sample times channels plus channel. `params` holds
+What `place` takes for samples are the channels of all samples: b is sample times channels plus channel. `drawn` holds
 `WIDTH` numbers a sample: its counter (bits of an int32), standard deviation of the noise, change of the contrast, shift
 of the brightness, boxes (first pixel and one past the last, by axis), weights of the blur. Dense random numbers are
 those of `coverfast.philox`: word `e % 4` of counter `(e // 4, sample, iteration, stream)` for element e of a sample.
@@ -64,7 +64,7 @@ def _uniform(seed, element, sample, iteration, STREAM: tl.constexpr):
 
 @triton.jit
 def _pixels(
-    source, numbers, params, i_b, i_c, i_z, i_y, i_x, from_z, from_y, from_x, size_z, size_y, size_x, channels, seed,
+    source, numbers, drawn, i_b, i_c, i_z, i_y, i_x, from_z, from_y, from_x, size_z, size_y, size_x, channels, seed,
     iteration, NDIM: tl.constexpr, WIDTH: tl.constexpr, STREAM: tl.constexpr, NOISE: tl.constexpr,
     WIDE: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def _pixels(
     """
     b, z, y, x, _, keep = place(size_z, size_y, size_x, 1, TILE_Y, TILE_X, WIDE)
     sample, channel = b // channels, b % channels
-    line = params + sample * WIDTH
+    line = drawn + sample * WIDTH
     counter = tl.load(line).to(tl.int32, bitcast=True)
     element = ((channel * size_z + z) * size_y + y) * size_x + x
     if NOISE:
@@ -102,14 +102,14 @@ def _pixels(
     )
 )  # fmt: skip
 def view_sums_kernel(
-    source, numbers, params, partials, i_b, i_c, i_z, i_y, i_x, from_z, from_y, from_x, size_z, size_y, size_x,
+    source, numbers, drawn, partials, i_b, i_c, i_z, i_y, i_x, from_z, from_y, from_x, size_z, size_y, size_x,
     channels, seed: tl.int64, iteration,
     NDIM: tl.constexpr, WIDTH: tl.constexpr, STREAM: tl.constexpr, NOISE: tl.constexpr, WIDE: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
 ):  # fmt: skip
     """The sum of each program's pixels: partials `(B * C, programs of a channel)`."""
     place_, _, _, value = _pixels(
-        source, numbers, params, i_b, i_c, i_z, i_y, i_x, from_z, from_y, from_x, size_z, size_y, size_x, channels,
+        source, numbers, drawn, i_b, i_c, i_z, i_y, i_x, from_z, from_y, from_x, size_z, size_y, size_x, channels,
         seed, iteration, NDIM, WIDTH, STREAM, NOISE, WIDE, TILE_Y, TILE_X,
     )  # fmt: skip
     tl.store(partials + tl.program_id(0), tl.sum(tl.where(place_[4], value, 0.0)))
@@ -134,14 +134,14 @@ def view_means_kernel(partials, means, count, pixels, BLOCK: tl.constexpr):
     )
 )  # fmt: skip
 def view_appearance_kernel(
-    source, numbers, params, means, out, i_b, i_c, i_z, i_y, i_x, from_z, from_y, from_x, size_z, size_y, size_x,
+    source, numbers, drawn, means, out, i_b, i_c, i_z, i_y, i_x, from_z, from_y, from_x, size_z, size_y, size_x,
     channels, seed: tl.int64, iteration, boxes,
     NDIM: tl.constexpr, WIDTH: tl.constexpr, STREAM: tl.constexpr, FILL: tl.constexpr, NOISE: tl.constexpr,
     ADJUST: tl.constexpr, WIDE: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr,
 ):  # fmt: skip
     """Fill out `(B, C, *S)`, contiguous: the noisy crop, and with `ADJUST` contrast, brightness and in-painting."""
     place_, element, of, value = _pixels(
-        source, numbers, params, i_b, i_c, i_z, i_y, i_x, from_z, from_y, from_x, size_z, size_y, size_x, channels,
+        source, numbers, drawn, i_b, i_c, i_z, i_y, i_x, from_z, from_y, from_x, size_z, size_y, size_x, channels,
         seed, iteration, NDIM, WIDTH, STREAM, NOISE, WIDE, TILE_Y, TILE_X,
     )  # fmt: skip
     b, z, y, x, keep = place_
@@ -159,7 +159,8 @@ def view_appearance_kernel(
                 z_0, z_1 = tl.load(first).to(tl.int32), tl.load(first + 1).to(tl.int32)
                 inside = inside & (z >= z_0) & (z < z_1)
             painted = painted | inside
-        value = tl.where(painted, _uniform(seed, element, counter, iteration, FILL), value)
+        if boxes > 0:
+            value = tl.where(painted, _uniform(seed, element, counter, iteration, FILL), value)
     tl.store(out + sample * (channels.to(tl.int64) * size_z * size_y * size_x) + element, value, mask=keep)
 
 

@@ -82,7 +82,7 @@ def warp_forward_kernel(
     )  # fmt: skip
     columns = tl.arange(0, CHUNK)[None, :]
     source = x + b * x_b * UNIT
-    target = line_of(out, b, z, y_b * UNIT, y_z * UNIT) + (y * y_y * UNIT + x_of * Y_X)[:, None]
+    target = line_of(out, b, z, y_b, y_z, UNIT) + (y * y_y * UNIT + x_of * Y_X)[:, None]
     lane = block.to(y.dtype) * CHUNK
     for start in range(0, channels, LANES * CHUNK):
         first = lane + start
@@ -173,7 +173,7 @@ def warp_backward_kernel(
         NDIM, FIELD, ORIGIN, BORDER, WIDE,
     )  # fmt: skip
     columns = tl.arange(0, CHUNK)[None, :]
-    slope = line_of(grad, b, z, g_b * UNIT, g_z * UNIT) + (y * g_y * UNIT + x_of * G_X)[:, None]
+    slope = line_of(grad, b, z, g_b, g_z, UNIT) + (y * g_y * UNIT + x_of * G_X)[:, None]
     source, target = x + b * x_b * UNIT, dx + b * d_b * UNIT
     factor = tl.load(scale) if FIXED else 1.0
     lane = block.to(y.dtype) * CHUNK

@@ -91,7 +91,7 @@ class Cover(Method):
             "loss_con": loss_con,
             "epe": found.epe,
             "epe_ratio": torch.where(found.mask > 0, found.epe / found.still.clamp(min=1e-6), torch.nan),
-            "mask": found.mask,
+            "mask": found.mask.float(),
         }
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from coverfast.checks import InputError, check_dvf, check_map, check_same, shape
 from coverfast.geometry import AffineDVF, as_dvf, inside_mask
 from coverfast.ops import losses_operators as _registered  # noqa: F401
 from coverfast.ops.dispatch import choose
-from coverfast.ops.warp import Field, warp
+from coverfast.ops.warp import Field, check_affine, warp
 
 Mask = Tensor | Literal["inside"] | None
 
@@ -29,7 +29,7 @@ class FieldErrors(NamedTuple):
         l1: the vector loss, `vector_loss`.
         epe: the end-point error, `end_point_error`, in pixels.
         still: the end-point error of predicting no displacement.
-        mask: share of pixels that count.
+        mask: share of pixels that count, float64: times the pixels it is their number.
     """
 
     l1: Tensor
@@ -47,19 +47,21 @@ def field_errors(
     impl: str = "auto",
 ) -> FieldErrors:
     """Loss and figures of merit of a field at once: one pass over the pixels in Triton. Arguments of `vector_loss`."""
+    check_dvf("pred", pred)
     if choose("losses", impl, pred) == "triton":
         sums = _triton_sums(pred, target, mask)
         count = sums[3].clamp(min=1)
-        means = (sums[:3] / count).to(pred.dtype)
-        l1 = means[0] if denominator is None else (sums[0] / denominator).to(pred.dtype)
+        means = (sums[:3] / count).to(_dtype(pred, target))
+        l1 = means[0] if denominator is None else (sums[0] / denominator).to(means.dtype)
         share = sums[3] / max(1, pred[:, 0].numel())
-        return FieldErrors(l1, means[1].detach(), means[2].detach(), share.to(pred.dtype).detach())
+        return FieldErrors(l1, means[1].detach(), means[2].detach(), share.detach())
     dense, where = _check_fields(pred, target, mask)
     loss = vector_loss(pred, dense, where, denominator=denominator, impl=impl)
     with torch.no_grad():
         epe = end_point_error(pred, dense, where, impl=impl)
         still = end_point_error(torch.zeros_like(dense), dense, where, impl=impl)
-        share = loss.new_ones(()) if where is None else where.to(pred.dtype).mean()
+        share = torch.ones_like(loss) if where is None else where.sum().double() / max(1, where.numel())
+    share = share.double()
     return FieldErrors(loss, epe, still, share)
 
 
@@ -83,10 +85,11 @@ def vector_loss(
     Returns:
         Scalar, in pixels.
     """
+    check_dvf("pred", pred)
     chosen = choose("losses", impl, pred)
     if chosen == "triton":
         sums = _triton_sums(pred, target, mask)
-        return (sums[0] / (sums[3].clamp(min=1) if denominator is None else denominator)).to(pred.dtype)
+        return (sums[0] / (sums[3].clamp(min=1) if denominator is None else denominator)).to(_dtype(pred, target))
     dense, where = _check_fields(pred, target, mask)
     if chosen == "reference":
         return reference.vector_loss(pred, dense, where, denominator)
@@ -95,10 +98,11 @@ def vector_loss(
 
 def end_point_error(pred: Tensor, target: Field, mask: Mask = None, *, impl: str = "auto") -> Tensor:
     """Mean Euclidean distance between predicted and true field over masked pixels, in pixels. Arguments as above."""
+    check_dvf("pred", pred)
     chosen = choose("losses", impl, pred)
     if chosen == "triton":
         sums = _triton_sums(pred, target, mask)
-        return (sums[1] / sums[3].clamp(min=1)).to(pred.dtype)
+        return (sums[1] / sums[3].clamp(min=1)).to(_dtype(pred, target))
     dense, where = _check_fields(pred, target, mask)
     if chosen == "reference":
         return reference.end_point_error(pred, dense, where)
@@ -140,7 +144,8 @@ def consistency_loss(
             raise InputError(f"dvf must have the {n} spatial axes of feat_a, got {field.ndim - 2}")
         check_same("dvf", field, "feat_a", feat_a, "batch", "size", "device")
     else:
-        _check_affine("dvf", dvf, "feat_a", feat_a)
+        assert isinstance(dvf, AffineDVF)
+        check_affine("dvf", dvf, "feat_a", feat_a)
     if chosen == "triton":
         where, inside = _mask_of(mask, field, size)
         sums = torch.ops.coverfast.consistency_forward(feat_a, feat_b, field, form, where, inside)
@@ -165,34 +170,31 @@ def _form(target: Field) -> tuple[Tensor, str]:
     return as_dvf(target), "dense"
 
 
+def _dtype(pred: Tensor, target: Field) -> torch.dtype:
+    return torch.promote_types(pred.dtype, (target.numbers if isinstance(target, AffineDVF) else target).dtype)
+
+
 def _triton_sums(pred: Tensor, target: Field, mask: Mask) -> Tensor:
     """Sums over the pixels that count: L1, L2, L2 of the true field, 1; `(4,)` float64."""
-    check_dvf("pred", pred)
     field, form = _form(target)
     if form == "dense":
         check_dvf("target", field)
         check_same("target", field, "pred", pred, "shape", "device")
     else:
-        _check_affine("target", target, "pred", pred)
+        assert isinstance(target, AffineDVF)
+        check_affine("target", target, "pred", pred)
     where, inside = _mask_of(mask, field, pred.shape[2:])
     return torch.ops.coverfast.field_errors_forward(pred, field, form, where, inside)
-
-
-def _check_affine(name: str, field: Field, other_name: str, other: Tensor) -> None:
-    assert isinstance(field, AffineDVF)
-    found, expected = (len(field.numbers), *field.size), (len(other), *shape_of(other)[2:])
-    if found != expected:
-        raise InputError(f"{name} must have the batch and size of {other_name}, {expected}, got {found}")
-    check_same(name, field.numbers, other_name, other, "device")
 
 
 def _mask_of(mask: Mask, field: Tensor, size: torch.Size) -> tuple[Tensor | None, bool]:
     """The mask as contiguous bytes, or whether the kernel makes it."""
     if isinstance(mask, Tensor):
-        return _check_given(mask, (len(field), 1, *size), field).contiguous().view(torch.uint8), False
-    if mask not in (None, "inside"):
-        raise InputError(f"mask must be a bool tensor, 'inside' or None, got {mask!r}")
-    return None, mask == "inside"
+        return _check_given(mask, (field.shape[0], 1, *size), field).contiguous().view(torch.uint8), False
+    if mask is None:
+        return None, False
+    _check_word(mask)
+    return None, True
 
 
 # --- torch -----------------------------------------------------------------------------------------------------------
@@ -209,13 +211,16 @@ def _check_fields(pred: Tensor, target: Field, mask: Mask) -> tuple[Tensor, Tens
 def _check_mask(mask: Mask, dvf: Tensor) -> Tensor | None:
     if mask is None:
         return None
-    if isinstance(mask, str):
-        if mask != "inside":
-            raise InputError(f"mask must be a bool tensor, 'inside' or None, got {mask!r}")
-        return inside_mask(dvf)
     if not isinstance(mask, Tensor):
-        raise InputError(f"mask must be a bool tensor, 'inside' or None, got {type(mask).__name__}")
+        _check_word(mask)
+        return inside_mask(dvf)
     return _check_given(mask, (dvf.shape[0], 1, *dvf.shape[2:]), dvf)
+
+
+def _check_word(mask: object) -> None:
+    if not isinstance(mask, str) or mask != "inside":
+        got = repr(mask) if isinstance(mask, str) else type(mask).__name__
+        raise InputError(f"mask must be a bool tensor, 'inside' or None, got {got}")
 
 
 def _check_given(mask: Tensor, expected: tuple[int, ...], field: Tensor) -> Tensor:

@@ -38,8 +38,11 @@ def sample_norm(
     if chosen == "reference":
         return reference.sample_norm(x, bias, weight, shift, eps)
     if chosen == "torch":
-        return F.group_norm(x + bias.to(x.dtype).reshape(-1, *[1] * (x.ndim - 2)), 1, weight, shift, eps).to(x.dtype)
-    return torch.ops.coverfast.norm_forward(x, bias, weight, shift, eps)[0]
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        own = bias.to(dtype).reshape(-1, *[1] * (x.ndim - 2))
+        return F.group_norm(x.to(dtype) + own, 1, weight.to(dtype), shift.to(dtype), eps).to(x.dtype)
+    parameters = (p.contiguous() for p in (bias, weight, shift))
+    return torch.ops.coverfast.norm_forward(x, *parameters, eps)[0]
 
 
 # --- operators: Triton alone; in torch it is a few operations that torch.compile sees through ------------------------
@@ -47,7 +50,7 @@ def sample_norm(
 
 def _outputs(x: Tensor) -> tuple[Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=channels_last(x))
-    return y, _statistics(x, (len(x), 2))
+    return y, _statistics(x, (x.shape[0], 2))
 
 
 def _statistics(x: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -33,8 +33,9 @@ def fill_pair(
         boxes: number of boxes in `params`.
         taps: number of weights of the blur in `params`, 0 for none.
     """
-    signed = seed - 2**64 if seed >= 2**63 else seed
-    torch.ops.coverfast.view_pair(pair, images, numbers, params, field, form, signed, iteration, boxes, taps)
+    # The same bits as signed numbers.
+    key, counter = (value - 2**bits if value >> (bits - 1) else value for value, bits in ((seed, 64), (iteration, 32)))
+    torch.ops.coverfast.view_pair(pair, images, numbers, params, field, form, key, counter, boxes, taps)
 
 
 @torch.library.custom_op(

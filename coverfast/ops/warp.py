@@ -47,11 +47,9 @@ def warp(x: Tensor, dvf: Field, *, mode: str = "linear", padding: str = "zeros",
     """
     n = check_map("x", x, floating=False)
     if isinstance(dvf, AffineDVF):
-        if (len(dvf.numbers), dvf.size) != (len(x), x.shape[2:]):
-            expected = (len(x), *shape_of(x)[2:])
-            raise InputError(f"dvf must be the batch and size of x, {expected}, got {(len(dvf.numbers), *dvf.size)}")
+        check_affine("dvf", dvf, "x", x)
         field, form = _numbers(dvf, "affine")
-        return _warp(x, field, form, shape_of(x)[2:], mode, padding, impl)
+        return _warp(x, field, form, x.shape[2:], mode, padding, impl)
     if check_dvf("dvf", dvf) != n:
         raise InputError(f"dvf must have the {n} spatial axes of x, got {dvf.ndim - 2}")
     check_same("dvf", dvf, "x", x, "batch", "size", "device")
@@ -64,6 +62,11 @@ def resample(x: Tensor, dvf: Field, *, mode: str = "linear", padding: str = "zer
     An `AffineDVF` is that of a crop of `x`: its origin is added to where it points. A tensor must hold the crop's
     origin already.
     """
+    n = check_map("x", x, floating=False)
+    axes = len(dvf.size) if isinstance(dvf, AffineDVF) else check_dvf("dvf", dvf)
+    if axes != n:
+        raise InputError(f"dvf must have the {n} spatial axes of x, got {axes}")
+    check_same("dvf", dvf.numbers if isinstance(dvf, AffineDVF) else dvf, "x", x, "batch", "device")
     if isinstance(dvf, AffineDVF):
         field, form = _numbers(dvf, "crop")
         return _warp(x, field, form, dvf.size, mode, padding, impl)
@@ -85,6 +88,14 @@ def warp_up(x: Tensor, coarse: Tensor, *, impl: str = "auto") -> Tensor:
     if any(f != 2 * c for f, c in zip(x.shape[2:], coarse.shape[2:], strict=True)):
         raise InputError(f"x must be exactly twice the size of coarse, {shape_of(coarse)[2:]}, got {shape_of(x)[2:]}")
     return _warp(x, coarse, "coarse", x.shape[2:], "linear", "zeros", impl)
+
+
+def check_affine(name: str, field: AffineDVF, other_name: str, other: Tensor) -> None:
+    """Check that an affine field is on the grids of a map."""
+    found, expected = (field.numbers.shape[0], *field.size), (other.shape[0], *other.shape[2:])
+    if found != expected:
+        raise InputError(f"{name} must have the batch and size of {other_name}, {tuple(expected)}, got {found}")
+    check_same(name, field.numbers, other_name, other, "device")
 
 
 def _numbers(dvf: AffineDVF, form: str) -> tuple[Tensor, str]:
@@ -179,6 +190,8 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _autograd(ctx, grad):  # type: ignore[no-untyped-def]
     to_x, to_field = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and ctx.mode == "linear"
+    if not (to_x or to_field):
+        return (None,) * 7
     dx, d_field = torch.ops.coverfast.warp_backward(
         grad, *ctx.saved_tensors, ctx.form, ctx.mode, ctx.padding, ctx.impl, to_x, to_field
     )
