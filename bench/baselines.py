@@ -1,8 +1,8 @@
-"""MoV as people write it in eager PyTorch today, to compare with.
+"""The operators as people write them in eager PyTorch today, to compare with.
 
-**A** loops over the window: one slice, product and sum a tap, scores concatenated. **B** unfolds the keys and
-multiplies at once. Both mask the taps outside the grid, so that they compute the same numbers as `coverfast.mov`.
-FlexAttention does too, but over a raster of pixels.
+`mov` in two formulations: **A** loops over the window, one slice, product and sum a tap, scores concatenated; **B**
+unfolds the keys and multiplies at once. Both mask the taps outside the grid, so that they compute the same numbers as
+`coverfast.mov`. FlexAttention does too, but over a raster of pixels. Everything that warps goes through `grid_sample`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from itertools import product
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 def _window(q: Tensor, k: Tensor, window: Sequence[int]) -> tuple[list[tuple[int, ...]], Tensor, Tensor]:
@@ -56,6 +59,16 @@ def mov_b(q: Tensor, k: Tensor, *, window: Sequence[int], groups: int = 1) -> Te
     return (weights @ _offsets(taps, window, weights)).movedim(-1, 2).mean(1)
 
 
+def mov_compiled(q: Tensor, k: Tensor, *, window: Sequence[int], groups: int = 1) -> Tensor:
+    """Formulation A as `torch.compile` makes it, for one shape: every tap unrolled."""
+    return _compiled_a()(q, k, window=window, groups=groups)
+
+
+@cache
+def _compiled_a() -> Callable[..., Tensor]:
+    return torch.compile(mov_a, dynamic=False)
+
+
 def mov_flex(q: Tensor, k: Tensor, *, window: Sequence[int], groups: int = 1) -> Tensor:
     """FlexAttention over all pixels in raster order, its mask the window truncated at the border.
 
@@ -72,19 +85,22 @@ def mov_flex(q: Tensor, k: Tensor, *, window: Sequence[int], groups: int = 1) ->
     grid = torch.meshgrid(*(torch.arange(s, device=q.device, dtype=torch.float32) for s in size), indexing="ij")
     own = torch.stack(grid, -1).reshape(pixels, n)
     values = F.pad(own, (0, 16 - n)).expand(batch, groups, pixels, 16)
-    attend: Callable[..., Tensor] = _compiled_flex() if q.is_cuda else flex_attention  # type: ignore[assignment]
     mask = _window_mask(tuple(size), tuple(window), q.device.type)
-    found = attend(heads(q), heads(k), values, block_mask=mask, scale=d**-0.5)
+    found = _flex(compiled=q.is_cuda)(heads(q), heads(k), values, block_mask=mask, scale=d**-0.5)
     return (found[..., :n] - own).mean(1).transpose(1, 2).reshape(batch, n, *size)
 
 
 @cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+def _flex(*, compiled: bool) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=1)
 def _window_mask(size: tuple[int, ...], window: tuple[int, ...], device: str) -> BlockMask:
+    from torch.nn.attention.flex_attention import create_block_mask
+
     def inside(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         kept = query == query
         for s, w in zip(reversed(size), reversed(window), strict=True):
@@ -94,3 +110,57 @@ def _window_mask(size: tuple[int, ...], window: tuple[int, ...], device: str) ->
 
     pixels = prod(size)
     return create_block_mask(inside, None, None, pixels, pixels, device=device, _compile=device == "cuda")
+
+
+# --- fields ------------------------------------------------------------------------------------------------------
+
+
+def sampling_grid(dvf: Tensor) -> Tensor:
+    """The grid that `grid_sample` wants for a field in pixels, `(B, *S, n)`: normalised to [-1, 1], x first."""
+    n, axes = dvf.shape[1], []
+    for axis, size in enumerate(dvf.shape[2:]):
+        p = torch.arange(size, dtype=dvf.dtype, device=dvf.device).reshape([-1 if i == axis else 1 for i in range(n)])
+        axes.append(2 * (p + dvf[:, axis]) / max(1, size - 1) - 1)
+    return torch.stack(axes[::-1], -1)
+
+
+def sample(x: Tensor, grid: Tensor) -> Tensor:
+    """`x` at the points of a grid, zeros outside; in the grid's precision, as under autocast."""
+    return F.grid_sample(x.to(grid.dtype), grid, padding_mode="zeros", align_corners=True).to(x.dtype)
+
+
+def warp_eager(x: Tensor, dvf: Tensor) -> Tensor:
+    """The warp of registration code: a grid from the field, then `grid_sample`."""
+    return sample(x, sampling_grid(dvf))
+
+
+def warp_up_eager(x: Tensor, coarse: Tensor) -> Tensor:
+    """The field of the level above up-sampled and doubled, then the warp."""
+    return warp_eager(x, _upsampled(coarse))
+
+
+def compose_eager(fine: Tensor, coarse: Tensor) -> Tensor:
+    """Up-sample and double, look up with border padding, add."""
+    return fine + F.grid_sample(_upsampled(coarse), sampling_grid(fine), padding_mode="border", align_corners=True)
+
+
+def _upsampled(coarse: Tensor) -> Tensor:
+    mode = "bilinear" if coarse.ndim == 4 else "trilinear"
+    return 2 * F.interpolate(coarse, scale_factor=2, mode=mode, align_corners=False)
+
+
+def consistency_eager(feat_a: Tensor, feat_b: Tensor, dvf: Tensor, mask: Tensor) -> Tensor:
+    """All channels warped, then the cosine; the field and its mask are there already."""
+    warped = sample(feat_a, sampling_grid(dvf)).to(dvf.dtype)
+    cosine = F.cosine_similarity(warped, feat_b.to(dvf.dtype), dim=1, eps=1e-6).unsqueeze(1)
+    return 1 - (cosine * mask).sum() / mask.sum().clamp(min=1)
+
+
+def vector_eager(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """L1 with a dense target and its mask, both there already."""
+    return ((pred - target).abs().sum(1, keepdim=True) * mask).sum() / mask.sum().clamp(min=1)
+
+
+def end_point_eager(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean distance with a dense target and its mask, both there already."""
+    return ((pred - target).norm(dim=1, keepdim=True) * mask).sum() / mask.sum().clamp(min=1)

@@ -1,51 +1,145 @@
-"""Time and memory of one call, and where it was measured."""
+"""Time and memory of one call, on a CPU or a GPU."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import shlex
+import pickle
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from coverfast.disk import write_atomically
+Run = Callable[[], object]
 
-
-def interleaved(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every variant, run in turn so that a slow moment of the machine meets all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for call in variants.values():
-        call()
-    for _ in range(repeats):
-        for name, call in variants.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+# --- time --------------------------------------------------------------------------------------------------------
 
 
-def peak_growth(module: str, arguments: list[str], repeats: int = 3) -> float:
-    """Growth in MB of the resident high-water mark that a fresh process reports; median of `repeats`.
+def timed(calls: Mapping[str, Run], repeats: int, device: str, notes: dict[str, str]) -> dict[str, list[float]]:
+    """Milliseconds of every call, in turn so that a slow moment of the machine meets all of them.
 
-    `python -m module arguments` prints the number. Freed memory must leave the process at once for the mark to mean
+    On a GPU by device events, the L2 cache flushed before every run. What raises gets a note and no times.
+    """
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    once = _event_ms if device == "cuda" else _clock_ms
+    for turn in range(-3 if device == "cuda" else -1, repeats):
+        for name, call in calls.items():
+            if name in notes:
+                continue
+            try:
+                taken = once(call)
+            except Exception as error:
+                notes[name] = reason(error)
+                continue
+            if turn >= 0:  # before that it is warming up
+                found[name].append(taken)
+    return {name: times for name, times in found.items() if name not in notes}
+
+
+def _clock_ms(call: Run) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _event_ms(call: Run) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _flush().zero_()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+@cache
+def _flush() -> Tensor:
+    """More than any L2 cache holds."""
+    return torch.empty(2**28, dtype=torch.uint8, device="cuda")
+
+
+def captured(call: Run) -> Run:
+    """`call` as a CUDA graph, captured when it first runs."""
+    graph = torch.cuda.CUDAGraph()
+
+    @cache
+    def capture() -> None:
+        before, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(before)
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        before.wait_stream(side)
+        try:
+            with torch.cuda.graph(graph):
+                call()
+        except BaseException:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own stream current
+            raise
+
+    def replay() -> None:
+        capture()
+        graph.replay()
+
+    return replay
+
+
+@cache
+def copy_rate(device: str) -> float:
+    """Bytes a millisecond, read and written, that a copy moves on this device."""
+    source = torch.zeros(2**30 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / statistics.median(timed({"": lambda: target.copy_(source)}, 10, device, {})[""])
+
+
+def reason(error: Exception) -> str:
+    """Why a variant has no times, in one line; memory that it still held is given back."""
+    if torch.cuda.is_available():
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    return f"does not run: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def device_growth(run: Run) -> float:
+    """MB that a run allocates on the GPU at its peak, beyond what is there before it."""
+    run()  # what a first call keeps (a compiled module, a workspace) is not the call's memory
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def process_growth(job: Callable[..., float], *arguments: Any, repeats: int = 3) -> float:
+    """What `job(*arguments)` returns in a fresh process, median of `repeats`; all of it must pickle.
+
+    For growths of the resident high-water mark. Freed memory must leave the process at once for the mark to mean
     anything, hence the threshold.
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", module, *arguments]
-    runs = [
-        float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-        for _ in range(repeats)
-    ]
-    return statistics.median(runs)
+    command = [sys.executable, "-c", "import pickle, sys; job, a = pickle.load(sys.stdin.buffer); print(job(*a))"]
+    given = pickle.dumps((job, arguments))
+    found = []
+    for _ in range(repeats):
+        done = subprocess.run(command, env=environment, input=given, capture_output=True)
+        if done.returncode:
+            said = done.stderr.decode().strip().splitlines() or [f"ended by signal {-done.returncode}"]
+            raise RuntimeError(f"in a fresh process: {said[-1]}")
+        found.append(float(done.stdout))
+    return statistics.median(found)
 
 
 def high_water_mark() -> float:
@@ -55,52 +149,3 @@ def high_water_mark() -> float:
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
-
-
-def provenance(device: str | None = None) -> dict[str, Any]:
-    """What a result must say of itself: device, driver, versions, commit and command."""
-    facts: dict[str, Any] = {"command": shlex.join(["coverfast", *sys.argv[1:]]), "commit": _commit()}
-    facts |= {"torch": torch.__version__, "python": platform.python_version(), "triton": _version("triton")}
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-        facts |= {"device": properties.name, "processors": properties.multi_processor_count}
-        facts |= {"cuda": torch.version.cuda, "driver": _output(query) or "unknown"}
-    elif device == "cpu":
-        facts |= {"device": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    return facts
-
-
-def write_results(path: Path, rows: Sequence[Any], device: str | None = None) -> None:
-    """Rows and their provenance as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"provenance": provenance(device), "rows": rows}, indent=1) + "\n"
-    write_atomically(path, text)
-
-
-def _commit() -> str:
-    here = Path(__file__).resolve().parent
-    commit = _output(["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"])
-    changed = _output(["git", "-C", str(here), "status", "--porcelain", "--untracked-files=no"])
-    return (commit or "unknown") + (" with changes" if changed else "")
-
-
-def _output(command: Sequence[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def where() -> str:
-    """Device, threads and versions, for the head of a table."""
-    name = platform.processor() or platform.machine()
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return f"CPU {name}, {torch.get_num_threads()} threads, {versions}"

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: `bash bench/on_gpu.sh FOLDER [check] [levels] [windows] [tune] [train]
-# [compiled]`. Without stages it runs them all, the slowest (torch.compile unrolls every tap) last; results are written
-# as they come. What it leaves in FOLDER belongs under bench/results/<device>/.
+# Everything that needs a GPU, in one command: `bash bench/on_gpu.sh FOLDER [STAGE ...]`. Without stages it runs them
+# all, the slowest (torch.compile unrolls every tap) last; a stage takes less than ten minutes, results are written as
+# they come. What it leaves in FOLDER belongs under bench/results/<device>/.
 set -u
-out=${1:?"usage: bash bench/on_gpu.sh FOLDER [check] [levels] [windows] [tune] [train] [compiled]"}
+stages=(check ops levels windows tune train compiled)
+out=${1:?"usage: bash bench/on_gpu.sh FOLDER [STAGE ...], stages: ${stages[*]}"}
 shift
-[ $# -gt 0 ] || set -- check levels windows tune train compiled
+[ $# -gt 0 ] || set -- "${stages[@]}"
 mkdir -p "$out"
 status=0
 step() {
@@ -14,30 +15,39 @@ step() {
     echo "FAILED ($?): $*" >&2
     status=1
 }
+measure() { # NAME OPERATOR OPTIONS
+    step coverfast bench "${@:2}" --device cuda --save "$out/$1.json"
+}
+presets=(--preset paper-3d --preset paper-2d)
 eager=(--against "coverfast triton" --against "eager A" --against "eager B")
 for stage in "$@"; do
     case $stage in
     check)
-        step python3 -m pytest tests/kernels -m "not slow" -q -p no:cacheprovider > >(tee "$out/tests.txt") 2>&1
+        step python3 -m pytest tests/kernels -q -p no:cacheprovider > >(tee "$out/tests.txt") 2>&1
         step coverfast bench agree --save "$out/agreement.json"
         step coverfast bench static --target sm_90 --save "$out/static.json"
         ;;
+    ops)
+        for op in warp compose norm losses views head; do
+            measure "$op" "$op" "${presets[@]}" --repeats 20
+        done
+        for dtype in float32 bfloat16; do
+            measure "warp-large-$dtype" warp --batch 2 --channels 32 --size 128,128,128 --dtype "$dtype" --repeats 20
+        done
+        step coverfast bench launches --save "$out/launches.json"
+        ;;
     levels)
         for dtype in bfloat16 float32; do
-            step coverfast bench mov --device cuda --dtype "$dtype" --preset paper-3d --preset paper-2d --repeats 20 \
-                "${eager[@]}" --save "$out/mov-levels-$dtype.json"
+            measure "mov-levels-$dtype" mov --dtype "$dtype" "${presets[@]}" --repeats 20 "${eager[@]}"
         done
-        step coverfast bench mov --device cuda --layout contiguous --preset paper-3d --preset paper-2d \
-            --against "coverfast triton" --repeats 20 --save "$out/mov-levels-contiguous.json"
+        measure mov-levels-contiguous mov --layout contiguous "${presets[@]}" --against "coverfast triton" --repeats 20
         ;;
     windows)
-        step coverfast bench mov --device cuda --batch 2 --size 128,128,128 --window 3,5,7,9 --repeats 10 \
-            "${eager[@]}" --save "$out/mov-windows-3d.json"
-        step coverfast bench mov --device cuda --batch 24 --size 384,384 --window 3,5,7,9 --repeats 10 \
-            "${eager[@]}" --save "$out/mov-windows-2d.json"
+        measure mov-windows-3d mov --batch 2 --size 128,128,128 --window 3,5,7,9 --repeats 10 "${eager[@]}"
+        measure mov-windows-2d mov --batch 24 --size 384,384 --window 3,5,7,9 --repeats 10 "${eager[@]}"
         for channels in 4 16 32; do
-            step coverfast bench mov --device cuda --batch 2 --size 128,128,128 --window 5 --channels "$channels" \
-                --against "coverfast triton" --against "eager A" --repeats 10 --save "$out/mov-width-$channels.json"
+            measure "mov-width-$channels" mov --batch 2 --size 128,128,128 --channels "$channels" --repeats 10 \
+                --against "coverfast triton" --against "eager A"
         done
         ;;
     tune)
@@ -59,16 +69,15 @@ build_phantoms('$shards/3d.h5', 3, (160, 160, 128), seed=1, indices=range(4))"
         ;;
     compiled)
         late=(--against "coverfast triton" --against "compiled A" --against FlexAttention --repeats 10)
-        step coverfast bench mov --device cuda --batch 2 --size 128,128,128 --window 5,3 "${late[@]}" \
-            --save "$out/mov-compiled-3d.json"
-        step coverfast bench mov --device cuda --batch 24 --size 384,384 --window 7,3,5,9 "${late[@]}" \
-            --save "$out/mov-compiled-2d.json"
-        step coverfast bench mov --device cuda --preset paper-3d --preset paper-2d "${late[@]}" \
-            --save "$out/mov-compiled-levels.json"
-        step coverfast bench mov --device cuda --batch 2 --size 128,128,128 --window 7,9 "${late[@]}" \
-            --save "$out/mov-compiled-3d-wide.json"
+        measure mov-compiled-3d mov --batch 2 --size 128,128,128 --window 5,3 "${late[@]}"
+        measure mov-compiled-2d mov --batch 24 --size 384,384 --window 7,3,5,9 "${late[@]}"
+        measure mov-compiled-levels mov "${presets[@]}" "${late[@]}"
+        measure mov-compiled-3d-wide mov --batch 2 --size 128,128,128 --window 7,9 "${late[@]}"
         ;;
-    *) echo "no such stage: $stage" >&2; status=2 ;;
+    *)
+        echo "no such stage: $stage" >&2
+        status=2
+        ;;
     esac
 done
 exit $status

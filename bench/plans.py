@@ -1,4 +1,4 @@
-"""The launches of one forward and backward of each operator, as training makes them, planned on a case's inputs."""
+"""The launches of one forward and backward of each operator, planned on a case's inputs, which need no memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coverfast.bench.problems import Case
-from coverfast.kernels.launch import Architecture, Launch
+from coverfast.kernels.launch import Architecture, Launch, architecture_of
 from coverfast.layout import new_like
 
 
@@ -25,17 +25,17 @@ def mov_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> Iter
 
 
 def warp_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> Iterator[Launch]:
-    """As the pyramid warps: by the field of the level above, up-sampled on the way; backward also in fixed point."""
+    """By a dense field, or as the pyramid by that of the level above; backward also in fixed point."""
     from coverfast.kernels import warp as kernels
 
-    x, dvf = inputs
-    coarse = dvf.new_empty((*dvf.shape[:2], *(s // 2 for s in dvf.shape[2:])))
-    problem = (coarse, "coarse")
-    yield kernels.forward_launch(x, *problem, new_like(x), "linear", "zeros", on)
-    for dtype, scale in ((dvf.dtype, None), (torch.int64, dvf.new_empty(()))):
+    (x, field), form = inputs, case.facts["field"]
+    d_psi = field.new_empty((*field.shape[:2], *x.shape[2:]))
+    yield kernels.forward_launch(x, field, form, new_like(x), "linear", "zeros", on)
+    for dtype, scale in ((field.dtype, None), (torch.int64, field.new_empty(()))):
         dx = new_like(x, dtype=dtype)
-        yield kernels.backward_launch(x, x, *problem, dx, dvf, scale, "linear", "zeros", on)
-    yield kernels.upsample_backward_launch(dvf, coarse, None, on)
+        yield kernels.backward_launch(x, x, field, form, dx, d_psi, scale, "linear", "zeros", on)
+    if form == "coarse":
+        yield kernels.upsample_backward_launch(d_psi, torch.empty_like(field), None, on)
 
 
 def compose_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> Iterator[Launch]:
@@ -51,12 +51,24 @@ def compose_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> 
         yield upsample_backward_launch(d_up, coarse, scale, on)
 
 
+def norm_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> Iterator[Launch]:
+    """Forward, backward."""
+    from coverfast.kernels import norm as kernels
+    from coverfast.ops import norm as op
+
+    x, bias, weight, shift = inputs
+    y, statistics = op._outputs(x)
+    yield from kernels.forward_launches(x, bias, weight, shift, 1e-5, y, statistics, on)
+    sums = statistics.new_empty(3, len(bias))
+    yield from kernels.backward_launches(y, x, bias, weight, statistics, new_like(x), sums, on)
+
+
 def losses_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> Iterator[Launch]:
     """Errors of a field or consistency of features, against an affine truth; backward, also through dense gradients."""
     from coverfast.kernels import losses as kernels
 
-    *maps, theta = inputs
-    truth = (theta.new_empty(theta.shape[0], theta.shape[1], theta.shape[1] + 3), "affine", None, True)
+    *maps, numbers = inputs
+    truth = numbers, "affine", None, True
     if len(maps) == 1:
         (pred,) = maps
         grad = pred.new_empty(4, dtype=torch.float64)
@@ -67,7 +79,7 @@ def losses_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> I
     grad = feat_a.new_empty(2, dtype=torch.float64)
     yield kernels.consistency_launch(feat_a, feat_b, *truth, on)[0]
     for dense in (False, True):
-        d_a = new_like(feat_a, dtype=theta.dtype)
+        d_a = new_like(feat_a, dtype=numbers.dtype)
         problem = (grad, feat_a, feat_b, *truth, d_a, new_like(feat_b))
         yield kernels.consistency_backward_launch(*problem, dense=dense, on=on)
 
@@ -92,6 +104,19 @@ LAUNCHES: dict[str, Callable[[Case, Sequence[Tensor], Architecture], Iterator[La
     "mov": mov_launches,
     "warp": warp_launches,
     "compose": compose_launches,
+    "norm": norm_launches,
     "losses": losses_launches,
     "views": views_launches,
 }
+
+
+def shared_numbers(case: Case, dtype: torch.dtype) -> dict[str, int]:
+    """What `kernels.launch.override` needs for `mov` to run on a small grid what it runs on the whole one on this GPU.
+
+    The other kernels depend on the size along x alone, which a check on a GPU leaves whole.
+    """
+    if case.op != "mov":
+        return {}
+    on = architecture_of(torch.empty(0, device="cuda"))
+    launch = next(mov_launches(case, case.make("meta", dtype, None, 0), on))
+    return {"rows": launch.constants["ROWS"], "tile": launch.constants["TILE"], "warps": launch.warps}

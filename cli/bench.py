@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,9 +13,25 @@ import typer
 from coverfast.cli.options import ints
 
 if TYPE_CHECKING:
-    from coverfast.bench.problems import Problem
+    from coverfast.bench.harness import Result
+    from coverfast.bench.problems import Level
 
 app = typer.Typer(help="Measure: time, memory and correctness against the usual formulations.", no_args_is_help=True)
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+Ints = Annotated[Any, typer.Option(parser=ints, metavar="INTS", help="grid, two or three axes")]
+Windows = Annotated[Any, typer.Option(parser=ints, metavar="INTS", help="odd windows, measured one by one")]
+Count = Annotated[int, typer.Option(min=1)]
+Presets = Annotated[list[str], typer.Option(help="its levels, instead of a single grid; repeats")]
+Against = Annotated[list[str], typer.Option(help="variants to measure, by name; repeats; default those of the device")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto")]
+Dtype = Annotated[str | None, typer.Option(help=f"{', '.join(_DTYPES)}; default bfloat16 on a GPU, else float32")]
+Layout = Annotated[str | None, typer.Option(help="channels_last (default on a GPU) or contiguous")]
+Repeats = Annotated[int, typer.Option(min=1, help="runs of each variant; the median is shown")]
+Save = Annotated[Path | None, typer.Option(help="JSON file to write")]
+
+_BOTH = ["paper-2d", "paper-3d"]
 
 
 @app.callback()
@@ -22,242 +39,307 @@ def _group() -> None:
     pass
 
 
-_VARIANTS = ("coverfast triton", "coverfast torch", "eager A", "eager B", "compiled A", "FlexAttention")
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
+# --- operators ---------------------------------------------------------------------------------------------------
 
 
-@app.command()
-def mov(
-    size: Annotated[Any, typer.Option(parser=ints, metavar="INTS", help="grid, two or three axes")] = "64,64,64",
-    window: Annotated[Any, typer.Option(parser=ints, metavar="INTS", help="odd windows, measured one by one")] = "5",
-    batch: Annotated[int, typer.Option(min=1)] = 1,
-    channels: Annotated[int, typer.Option(min=1)] = 8,
-    groups: Annotated[int, typer.Option(min=1)] = 1,
-    preset: Annotated[list[str], typer.Option(help="its levels instead of --size ... --groups; repeats")] = [],  # noqa: B006
-    against: Annotated[list[str], typer.Option(help=f"on a GPU, of: {', '.join(_VARIANTS)}; repeats")] = [],  # noqa: B006
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "auto",
-    dtype: Annotated[str, typer.Option(help="on a GPU: bfloat16, float16, float32 or float64")] = "bfloat16",
-    layout: Annotated[str, typer.Option(help="on a GPU: channels_last or contiguous")] = "channels_last",
-    repeats: Annotated[int, typer.Option(min=1, help="runs of each variant; the median is shown")] = 5,
-    save: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
+def _compare(
+    op: str,
+    *,
+    size: Ints = (64, 64, 64),
+    window: Windows = (5,),
+    batch: Count = 1,
+    channels: Count = 8,
+    groups: Count = 1,
+    preset: Presets = [],  # noqa: B006
+    against: Against = [],  # noqa: B006
+    device: Device = "auto",
+    dtype: Dtype = None,
+    layout: Layout = None,
+    repeats: Repeats = 5,
+    save: Save = None,
 ) -> None:
-    """`mov` against the formulations of today: A (loop over taps), B (unfolded keys), compiled A, FlexAttention.
-
-    On a CPU `impl="torch"` in float32 against A and B, batch 1; on a GPU the Triton kernels, beside their floor.
-    """
+    """Measure an operator. What it compares with, and the floor, are in `coverfast.bench.operators` and `harness`."""
     import torch
-
-    from coverfast.bench.measure import write_results
-    from coverfast.bench.problems import preset_problems, single_problem
-    from coverfast.checks import check_choice, check_window, require
-
-    check_choice("device", device, ("cpu", "cuda", "auto"))
-    check_choice("dtype", dtype, _DTYPES)
-    check_choice("layout", layout, ("channels_last", "contiguous"))
-    for name in against:
-        check_choice("against", name, _VARIANTS)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    require(device == "cpu" or torch.cuda.is_available(), "device must be one that is there, but torch finds no GPU")
-    require(len(size) in (2, 3), f"size must have two or three axes, got {size}")
-    require(channels % groups == 0, f"groups must divide the {channels} channels, got {groups}")
-    problems = [p for name in preset for p in preset_problems(name)]
-    if not preset:
-        windows = [check_window(w, len(size)) for w in window]
-        problems = [single_problem(size, w, channels, groups, batch) for w in windows]
-    if device == "cpu":
-        rows = [row for p in problems for row in _mov_on_cpu(p, repeats)]
-        if save is not None:
-            write_results(save, rows, device)
-    else:
-        _mov_on_gpu(problems, getattr(torch, dtype), against or _VARIANTS, layout, max(2, repeats), save)
-
-
-def _mov_on_cpu(problem: Problem, repeats: int) -> list[dict[str, Any]]:
-    from rich.console import Console
-    from rich.table import Table
-
-    from coverfast.bench.measure import where
-    from coverfast.bench.mov import compare
-
-    _, channels, *size = problem.shape
-    rows = compare(size, problem.window, channels=channels, groups=problem.groups, repeats=repeats)
-    title = f"mov (1, {channels}, {', '.join(map(str, size))}), window {problem.window[0]}"
-    table = Table(title=f"{title}, groups {problem.groups}, float32")
-    for heading in ("variant", "error", "forward s", "fwd + bwd s", "spread s", "extra MB"):
-        table.add_column(heading, justify="left" if heading == "variant" else "right")
-    for name, error, forward, both, spread, peak in rows:
-        table.add_row(name, f"{error:.1e}", f"{forward:.3f}", f"{both:.3f}", f"{spread:.3f}", f"{peak:.0f}")
-    console = Console()
-    console.print(table)
-    console.print("error: largest difference from the definition in float64, output and gradients", highlight=False)
-    console.print(where(), highlight=False)
-    names = ("variant", "error", "forward_s", "both_s", "spread_s", "extra_mb")
-    return [{"problem": problem.name, **dict(zip(names, row, strict=True))} for row in rows]
-
-
-def _mov_on_gpu(
-    problems: list[Problem], dtype: Any, names: Sequence[str], layout: str, repeats: int, save: Path | None
-) -> None:
     from rich.console import Console
     from rich.progress import track
-    from rich.table import Table
 
-    from coverfast.bench.gpu import Result, compare, quiet_compiler
-    from coverfast.bench.measure import provenance, write_results
+    from coverfast.bench.harness import measure
+    from coverfast.bench.operators import CASES
+    from coverfast.bench.problems import preset_levels
+    from coverfast.bench.provenance import write_results
+    from coverfast.checks import check_choice
 
-    console = Console()
-    results: list[Result] = []
-    with quiet_compiler():
-        for problem in track(problems, "measuring", console=console):
-            results += compare(problem, dtype, names, layout, repeats)
-            if save is not None:  # as they come: a long comparison may be cut off
-                write_results(save, [asdict(r) for r in results], "cuda")
-    table = Table(title=f"mov, {str(dtype)[6:]}, {layout}")
-    for heading in ("problem", "variant", "error", "forward ms", "fwd + bwd ms", "spread", "of floor", "extra MB"):
-        table.add_column(heading, justify="left" if heading in ("problem", "variant") else "right")
+    device = _device(device)
+    dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
+    layout = layout or ("channels_last" if device == "cuda" else "contiguous")
+    check_choice("dtype", dtype, _DTYPES)
+    check_choice("layout", layout, ("channels_last", "contiguous"))
+    places = [preset_levels(name) for name in preset] or _single(op, size, window, batch, channels, groups)
+    cases = [case for levels in places for case in CASES[op](levels, layout)]
+    for name in against:
+        check_choice("against", name, tuple(cases[0].variants))
+    console, results = Console(), []
+    for case in track(cases, "measuring", console=console, transient=True):
+        results += measure(case, device, getattr(torch, dtype), repeats, against)
+        if save is not None:  # as they come: a long comparison may be cut off
+            write_results(save, [asdict(r) for r in results], device)
+    _show(f"{op}, {layout}", results, device)
 
-    def shown(value: float | None, digits: int = 3) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
 
+def _single(
+    op: str, size: Sequence[int], window: Sequence[int], batch: int, channels: int, groups: int
+) -> list[list[Level]]:
+    from coverfast.bench.problems import pyramid_levels, single_level
+    from coverfast.checks import check_window, require
+
+    n = len(size)
+    require(n in (2, 3) and min(size) >= 1, f"size must have two or three axes, got {size}")
+    require(channels % groups == 0, f"groups must divide the {channels} channels, got {groups}")
+    if op == "head":
+        name = " x ".join(map(str, size))
+        return [pyramid_levels(f"{name} window {w}", batch, size, check_window(w, n)) for w in window]
+    sizes: dict[str, Any] = {"batch": batch, "channels": channels, "groups": groups}
+    return [[single_level(size, check_window(w, n), named=op == "mov", **sizes)] for w in window]
+
+
+def _show(title: str, results: Sequence[Result], device: str) -> None:
+    from rich.console import Console
+
+    from coverfast.bench.provenance import provenance
+
+    rows = []
     for r in results:
         error = "-" if r.error is None else f"{r.error:.1e}"
-        times = (shown(r.forward_ms), shown(r.both_ms) if r.both_ms is not None else r.note, shown(r.spread_ms))
-        ratio = None if r.both_ms is None else r.both_ms / r.both_floor_ms
-        table.add_row(r.problem, r.variant, error, *times, shown(ratio, 1), shown(r.extra_mb, 0))
-    console.print(table)
-    console.print(provenance("cuda"), highlight=False)
-    failed = [r for r in results if r.variant.startswith("coverfast") and r.note]
+        last = r.note or _number(r.both_ms)
+        numbers = (error, _number(r.forward_ms), last, _number(r.spread_ms), _number(r.of_floor, 1))
+        rows.append((r.case, r.variant, r.dtype, *numbers, _number(r.extra_mb, 0)))
+    headings = ("case", "variant", "dtype", "error", "forward ms", "fwd + bwd ms", "spread", "of floor", "extra MB")
+    _table(title, headings, rows, text=3)
+    console = Console()
+    console.print(
+        "error: largest difference from the definition in float64, output and gradients, over the largest value",
+        highlight=False,
+    )
+    console.print(", ".join(f"{name} {value}" for name, value in provenance(device).items()), highlight=False)
+    failed = [r for r in results if r.note and r.variant in ("coverfast triton", "coverfast auto", "coverfast torch")]
     if failed:
-        console.print("\n".join(f"{r.problem}: {r.variant}: {r.note}" for r in failed), highlight=False)
+        console.print("\n".join(f"{r.case}: {r.variant}: {r.note}" for r in failed), highlight=False)
         raise typer.Exit(1)
 
 
+def _operator(op: str, text: str, *options: str) -> None:
+    """A command that measures an operator, with those options of `_compare` that it takes."""
+    known = inspect.signature(_compare, eval_str=True).parameters
+    parameters = [known[name] for name in (*options, "preset", "against", "device", "repeats", "save")]
+    # typer parses defaults too.
+    texts = {p.name: ",".join(map(str, p.default)) for p in parameters if isinstance(p.default, tuple)}
+    parameters = [p.replace(default=texts.get(p.name, p.default)) for p in parameters]
+
+    def command(**values: Any) -> None:
+        _compare(op, **values)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__name__, command.__doc__ = op, text
+    app.command(op)(command)
+
+
+_MAPS = ("channels", "dtype", "layout")
+_operator(
+    "mov",
+    "`mov` against the formulations of today: A (loop over taps), B (unfolded keys), compiled A, FlexAttention.",
+    *("size", "window", "batch", "groups", *_MAPS),
+)
+_operator("warp", "`warp` against `grid_sample`, with and without making its grid.", "size", "batch", *_MAPS)
+_operator("compose", "`compose` against interpolation, `grid_sample` and addition.", "size", "batch")
+_operator("norm", "The norm of the pyramid's projections, in Triton and in torch.", "size", "batch", *_MAPS)
+_operator("losses", "The losses with an affine truth against those of a dense field.", "size", "batch", *_MAPS)
+_operator("views", "The generation of views; `size` is that of the crop.", "size", "batch")
+_operator(
+    "head",
+    "The head of a training step: pyramid and losses, forward and backward, on features of the paper's widths.",
+    *("size", "window", "batch", "dtype", "layout"),
+)
+
+
+# --- agreement, tuning, counts -----------------------------------------------------------------------------------
+
+
 @app.command()
-def agree(save: Annotated[Path | None, typer.Option(help="JSON file to write")] = None) -> None:
+def agree(save: Save = None) -> None:
     """Digits that Triton kernels and `impl="torch"` have in common; needs a GPU or TRITON_INTERPRET=1."""
     import torch
     from rich.console import Console
-    from rich.table import Table
 
     from coverfast.bench.agreement import agreements
-    from coverfast.bench.measure import write_results
+    from coverfast.bench.provenance import write_results
     from coverfast.checks import require
     from coverfast.kernels import INTERPRETED
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
     require(device == "cuda" or INTERPRETED, "agree needs a GPU, or TRITON_INTERPRET=1 to interpret the kernels")
-    console = Console()
-    with console.status("comparing"):
+    with Console().status("comparing"):
         rows = list(agreements(device))
-    table = Table(title="Decimal digits that impl='triton' and impl='torch' have in common")
-    for heading in ("problem", "dtype", "out", "dq", "dk"):
-        table.add_column(heading, justify="left" if heading in ("problem", "dtype") else "right")
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
     for r in rows:
-        table.add_row(r.problem, r.dtype, *(f"{d:.1f}" for d in (r.out, r.dq, r.dk)))
-    console.print(table)
+        digits = " ".join(f"{d:.1f}" for d in r.digits.values())
+        lines.setdefault((r.op, r.case, r.layout, ", ".join(r.digits)), {})[r.dtype] = digits
+    cells = [(*line, *(by_dtype.get(dtype, "-") for dtype in _DTYPES)) for line, by_dtype in lines.items()]
+    title = "Decimal digits that impl='triton' and impl='torch' have in common"
+    _table(title, ("op", "case", "layout", "of", *_DTYPES), cells, text=4)
     if save is not None:
         write_results(save, [asdict(r) for r in rows], device)
 
 
 @app.command()
 def tune(
-    preset: Annotated[list[str], typer.Option(help="whose finest level; repeats")] = ["paper-2d", "paper-3d"],  # noqa: B006
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32 or float64")] = "bfloat16",
+    preset: Presets = _BOTH,
+    dtype: Annotated[str, typer.Option(help=", ".join(_DTYPES))] = "bfloat16",
     level: Annotated[int, typer.Option(min=0, max=4, help="coarse 0 to fine 4")] = 4,
-    repeats: Annotated[int, typer.Option(min=1)] = 10,
-    save: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
+    repeats: Repeats = 10,
+    save: Save = None,
 ) -> None:
     """Time the launch configurations of `mov` on this GPU: rows a lane serves, taps held at once, tile along x."""
     from itertools import product
 
     import torch
-    from rich.console import Console
     from rich.progress import track
-    from rich.table import Table
 
-    from coverfast.bench.gpu import sweep
-    from coverfast.bench.measure import write_results
-    from coverfast.bench.problems import preset_problems
+    from coverfast.bench.harness import sweep
+    from coverfast.bench.operators import mov_cases
+    from coverfast.bench.problems import preset_levels
+    from coverfast.bench.provenance import write_results
     from coverfast.checks import check_choice, require
 
     check_choice("dtype", dtype, _DTYPES)
     require(torch.cuda.is_available(), "tune times kernels on a GPU, but torch finds none")
-    console = Console()
-    problems = [preset_problems(name)[level] for name in preset]
+    cases = mov_cases([preset_levels(name)[level] for name in preset], "channels_last")
     jobs = [
-        (problem, {"rows": rows, "taps": taps, "tile": max(1, lanes // problem.groups)})
-        for problem in problems
+        (case, {"rows": rows, "taps": taps, "tile": max(1, lanes // case.level.groups)})
+        for case in cases
         for rows, taps, lanes in product((1, 2, 3, 4), (2, 3, 4, 5, 7), (64, 128))
-        if taps <= problem.window[-1]
+        if taps <= case.level.window[-1]
     ]
     rows: list[dict[str, Any]] = []
-    for problem, values in track(jobs, "timing", console=console):
-        rows += sweep(problem, getattr(torch, dtype), [values], repeats)
+    for case, numbers in track(jobs, "timing", transient=True):
+        rows.append(sweep(case, getattr(torch, dtype), numbers, repeats))
         if save is not None:
             write_results(save, rows, "cuda")
-    table = Table(title=f"mov, {dtype}, channels-last: the ten fastest of each")
-    for heading in ("problem", "rows", "taps", "tile", "forward ms", "fwd + bwd ms"):
-        table.add_column(heading, justify="left" if heading == "problem" else "right")
-    for problem in problems:
-        of_it = sorted((r for r in rows if r["problem"] == problem.name), key=lambda r: r["both_ms"])
-        for r in of_it[:10]:
-            numbers = (str(r[n]) for n in ("rows", "taps", "tile"))
-            table.add_row(problem.name, *numbers, f"{r['forward_ms']:.3f}", f"{r['both_ms']:.3f}")
-    console.print(table)
-
-
-def _merged(levels: Sequence[str]) -> str:
-    """2d 0; 2d 1; 3d 4 as 2d 0, 1; 3d 4."""
-    names: dict[str, list[str]] = {}
-    for part in "; ".join(levels).split("; "):
-        preset, level = part.split(" ", 1)
-        names.setdefault(preset, []).append(level)
-    return "; ".join(f"{preset} {', '.join(numbers)}" for preset, numbers in names.items())
+    lines = []
+    for case in cases:
+        timed = [r for r in rows if r["case"] == case.name and not r["note"]]
+        for r in sorted(timed, key=lambda r: r["both_ms"])[:10]:
+            times = (_number(r["forward_ms"]), _number(r["both_ms"]))
+            lines.append((case.name, *(str(r[name]) for name in ("rows", "taps", "tile")), *times))
+    headings = ("case", "rows", "taps", "tile", "forward ms", "fwd + bwd ms")
+    _table(f"mov, {dtype}, channels-last: the ten fastest of each", headings, lines)
+    if notes := [r["note"] for r in rows if r["note"]]:
+        print(f"{len(notes)} of {len(rows)} launches have no time, the first: {notes[0]}")
+        raise typer.Exit(1 if len(notes) == len(rows) else 0)
 
 
 @app.command()
 def static(
-    preset: Annotated[list[str], typer.Option(help="whose levels; repeats")] = ["paper-2d", "paper-3d"],  # noqa: B006
+    preset: Presets = _BOTH,
     target: Annotated[list[str], typer.Option(help="sm_80, sm_90, sm_100 or gfx942; repeats; default all")] = [],  # noqa: B006
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32 or float64")] = "bfloat16",
-    save: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
+    op: Annotated[list[str], typer.Option(help="operators; repeats; default all that have kernels")] = [],  # noqa: B006
+    dtype: Annotated[str, typer.Option(help=", ".join(_DTYPES))] = "bfloat16",
+    save: Save = None,
 ) -> None:
     """What the compiler makes of the kernels that presets use; needs no GPU. Counts, not timings."""
     import torch
     from rich.console import Console
-    from rich.table import Table
 
-    from coverfast.bench.measure import write_results
-    from coverfast.bench.static import table
+    from coverfast.bench.provenance import write_results
+    from coverfast.bench.static import merged, table
     from coverfast.checks import check_choice
     from coverfast.kernels.launch import ARCHITECTURES
 
     check_choice("dtype", dtype, _DTYPES)
-    console = Console()
-    with console.status("compiling"):
-        rows = table(preset, target or tuple(ARCHITECTURES), getattr(torch, dtype))
-    for name in target or tuple(ARCHITECTURES):
-        shown = Table(title=f"{name}, channels-last {dtype}")
-        for heading in ("kernel", "levels"):
-            shown.add_column(heading, no_wrap=heading == "kernel")
-        for heading in ("rows", "taps", "regs", "spill", "shared", "a tap", "edges", "loads"):
-            shown.add_column(heading, justify="right", no_wrap=heading != "loads")
+    targets = target or tuple(ARCHITECTURES)
+    with Console().status("compiling"):
+        rows = table(preset, targets, getattr(torch, dtype), op)
+    for name in targets:
         lines: dict[tuple[str, ...], list[str]] = {}
-        for row in rows:
-            if row.target == name:
-                counts = ("-" if c is None else f"{c:.1f}" for c in (row.a_tap, row.executed))
-                launch = row.shape.split()[0].split("x")
-                sizes = map(str, (*launch, row.registers, row.spills, row.shared))
-                line = (row.kernel.removeprefix("mov_"), *sizes, *counts, row.loads or "-")
-                lines.setdefault(line, []).append(row.levels.replace("paper-", ""))
-        for (kernel, *numbers), levels in lines.items():
-            shown.add_row(kernel, _merged(levels), *numbers)
-        console.print(shown)
-    console.print(
+        for r in (r for r in rows if r.target == name):
+            counts = [r.rows, r.taps, r.registers, r.spills, r.shared, r.body]
+            shown = [_number(c, 0) for c in counts] + [_number(c, 1) for c in (r.a_tap, r.executed)]
+            lines.setdefault((" ".join([r.kernel, *r.flags]), *shown, r.loads or "-"), []).extend(r.levels)
+        headings = ("kernel", "levels", "rows", "taps", "regs", "spill", "shared", "body", "a tap", "edges", "loads")
+        cells = [(line[0], merged(levels), *line[1:]) for line, levels in lines.items()]
+        _table(f"{name}, channels-last {dtype}", headings, cells, text=2)
+    Console().print(
         "rows a thread serves, taps of a pass; registers and bytes spilled a thread; bytes shared a program;\n"
-        "instructions a tap of the innermost loop, with the rows at both ends of a walk; loads of a pass, in bits",
+        "instructions of the kernel, and a tap of the innermost loop over taps, the second time with the rows at both\n"
+        "ends of a walk; loads of a pass, or of the kernel, in bits",
         highlight=False,
     )
     if save is not None:
         write_results(save, [asdict(row) for row in rows])
+
+
+@app.command()
+def launches(
+    preset: Presets = _BOTH,
+    device: Device = "auto",
+    limit: Annotated[int | None, typer.Option(min=16, help="pixels an axis at most; default on a CPU 32")] = None,
+    save: Save = None,
+) -> None:
+    """Count the launches of a training step's head, by stage: on a GPU those that ran, on a CPU what they would be.
+
+    On a CPU the Triton kernels are counted with TRITON_INTERPRET=1.
+    """
+    import torch
+
+    from coverfast.bench.launches import STAGES, head_launches
+    from coverfast.bench.problems import preset_levels
+    from coverfast.bench.provenance import write_results
+    from coverfast.kernels import INTERPRETED
+
+    device = _device(device)
+    gpu = device == "cuda"
+    impls = ("torch", "auto") if gpu else ("torch", "triton") if INTERPRETED else ("torch",)
+    dtype, limit = torch.bfloat16 if gpu else torch.float32, limit if gpu else limit or 32
+    rows = []
+    for name in preset:
+        counts = [head_launches(preset_levels(name), impl, device, dtype, limit) for impl in impls]
+        stages = [*zip(STAGES, *counts, strict=True), ("all", *map(sum, counts))]
+        rows += [{"preset": name, "stage": stage, **dict(zip(impls, found, strict=True))} for stage, *found in stages]
+    title = f"Launches, {device}" + (f", {limit} px" if limit else "")
+    _table(title, ("preset", "stage", *impls), [tuple(map(str, row.values())) for row in rows], text=2)
+    if save is not None:
+        write_results(save, rows, device)
+
+
+# --- helpers -----------------------------------------------------------------------------------------------------
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from coverfast.checks import check_choice, require
+
+    check_choice("device", name, ("cpu", "cuda", "auto"))
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    require(name == "cpu" or torch.cuda.is_available(), "device must be one that is there, but torch finds no GPU")
+    return name
+
+
+def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> None:
+    """Print a table whose first `text` columns are text and the others numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index < text else "right", no_wrap=index < 1)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _number(value: float | None, digits: int | None = None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{(3 if value < 10 else 1) if digits is None else digits}f}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -75,10 +75,10 @@ class Launch:
     kernel: Any
     programs: int
     warps: int
-    arguments: Mapping[str, Tensor | int]
+    arguments: Mapping[str, Any]
     constants: Mapping[str, Any]
     #: Integer arguments that Triton is left to specialise when they are 1.
-    unit: tuple[str, ...] = field(default=())
+    unit: tuple[str, ...] = ()
 
     def run(self) -> None:
         """Launch on the stream of the tensors' device; a grid without programs is no launch."""

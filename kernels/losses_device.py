@@ -173,7 +173,8 @@ def consistency_forward_kernel(
         size_x, channels, NDIM, FIELD, MASK, ROWS, CHUNK, LANES, UNIT, A_X, B_X, WIDE, TILE_Y, TILE_X, ACC, SINGLE,
     )  # fmt: skip
     dot, square_a, square_b = sums
-    cosine = dot / (tl.sqrt(tl.maximum(square_a, 1e-12)) * tl.sqrt(tl.maximum(square_b, 1e-12)))
+    least = tl.full([1], 1e-12, ACC)  # as a bare number it would be rounded to float32
+    cosine = dot / (tl.sqrt(tl.maximum(square_a, least)) * tl.sqrt(tl.maximum(square_b, least)))
     on = lanes_summed(place_[5].to(tl.int32), LANES) > 0
     line = partials + tl.program_id(0).to(tl.int64) * 2
     tl.store(line, tl.sum(tl.where(on, cosine, 0.0)))
@@ -215,12 +216,13 @@ def consistency_backward_kernel(
     b, z, y, x, keep, on = place_
     base_a, line_b, first = where
     dot, square_a, square_b = sums
-    over_a, over_b = 1 / tl.sqrt(tl.maximum(square_a, 1e-12)), 1 / tl.sqrt(tl.maximum(square_b, 1e-12))
+    least = tl.full([1], 1e-12, ACC)  # as a bare number it would be rounded to float32
+    over_a, over_b = 1 / tl.sqrt(tl.maximum(square_a, least)), 1 / tl.sqrt(tl.maximum(square_b, least))
     slope, cosine = tl.load(grad).to(ACC), dot * over_a * over_b
     # d cos / d a = b / (|a| |b|) - cos a / |a|^2; without the second term where the norm is the constant 1e-6.
     both = _to_lanes(slope * over_a * over_b, LANES)
-    own_a = _to_lanes(tl.where(square_a > 1e-12, slope * cosine * over_a * over_a, 0.0), LANES)
-    own_b = _to_lanes(tl.where(square_b > 1e-12, slope * cosine * over_b * over_b, 0.0), LANES)
+    own_a = _to_lanes(tl.where(square_a > least, slope * cosine * over_a * over_a, 0.0), LANES)
+    own_b = _to_lanes(tl.where(square_b > least, slope * cosine * over_b * over_b, 0.0), LANES)
     to_a = d_a + b * d_b * UNIT
     if DENSE:
         to_a = line_of(d_a, b, z, d_b, d_z, UNIT) + (y * d_y * UNIT + x * D_X)[:, None]

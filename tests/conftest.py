@@ -6,8 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from interpreted import Interpreted
 
 from coverfast.kernels import INTERPRETED
+from coverfast.ops.dispatch import KERNELS
 
 # No deadline, few examples, the same ones on every run in CI.
 settings.register_profile(
@@ -25,6 +27,33 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )
 settings.load_profile("interpreter" if INTERPRETED else "coverfast")
+
+
+_INTERPRETED = pytest.StashKey[Interpreted]()
+
+
+def _waits(item: pytest.Item) -> bool:
+    return "interpreted" in getattr(item, "fixturenames", ()) and bool(KERNELS) and not INTERPRETED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_waits)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any(_waits(item) for item in session.items) and not session.config.option.collectonly:
+        session.config.stash[_INTERPRETED] = Interpreted()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _INTERPRETED in config.stash:
+        config.stash[_INTERPRETED].stop()
+
+
+@pytest.fixture
+def interpreted(pytestconfig: pytest.Config) -> Interpreted:
+    """The kernel tests, running in Triton's interpreter since the first test."""
+    return pytestconfig.stash[_INTERPRETED]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -18,6 +18,8 @@ from coverfast import (
     vector_loss,
     warp,
 )
+from coverfast.ops.losses import field_errors
+from coverfast.ops.warp import resample, warp_up
 
 
 @pytest.fixture(autouse=True)
@@ -159,3 +161,27 @@ assert torch.equal(out, coverfast.mov(q, k, window=3))
 
 def test_first_use_inside_a_compiled_function():
     run_python(_FIRST_USE)
+
+
+def forms(size):
+    """Each form of field that `warp` and the losses take, as a function of tensors alone."""
+    n, half = len(size), [s // 2 for s in size]
+    x, dvf, coarse = randn(2, 4, *size), randn(2, n, *size, seed=2), randn(2, n, *half, seed=3)
+    theta = torch.cat([torch.eye(n).double() + 0.1 * randn(2, n, n, seed=4), randn(2, n, 1, seed=5)], 2)
+    crop = (*size[:-1], size[-1] - 1)
+    return {
+        "affine": (lambda x: warp(x, AffineDVF(theta, size), padding="border"), x),
+        "affine with a gradient": (lambda x, t: warp(x, AffineDVF(t, size)), x, theta),
+        "crop": (lambda x: resample(x, AffineDVF(theta, crop, full_size=size, origin=1)), x),
+        "warp_up": (warp_up, x, coarse),
+        "field_errors": (lambda p: torch.stack(field_errors(p, AffineDVF(theta, size), "inside")), dvf),
+        "affine consistency": (lambda a, b: consistency_loss(a, b, AffineDVF(theta, size), "inside"), x, x.flip(0)),
+        "consistency with a gradient": (lambda a, t: consistency_loss(a, x, AffineDVF(t, size)), x.flip(0), theta),
+    }
+
+
+@pytest.mark.parametrize("form", list(forms((2, 2))))
+def test_one_graph_of_every_form(form):
+    for size in ((6, 4), (4, 2, 6)):
+        function, *tensors = forms(size)[form]
+        same_compiled(function, *tensors)

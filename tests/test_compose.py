@@ -1,12 +1,16 @@
 """compose: two steps, border padding, and the field of two composed maps (SPEC 3)."""
 
+import math
+from importlib import import_module
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import assert_near, dvfs, gradients, leaves, randn, refused, sizes
+from strategies import KERNEL_LAYOUTS, assert_near, dvfs, gradients, laid_out, leaves, randn, refused, sizes
 
 from coverfast import affine_dvf, compose, inside_mask, upsample_dvf, warp
+from coverfast.kernels.launch import Architecture
 
 IMPLS = ("torch", "reference")
 
@@ -110,3 +114,80 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr("coverfast.ops.dispatch._HAS_TRITON", True)
     with refused("impl='triton'", "compose", "this version has no Triton kernel for it"):
         compose(fine, coarse, impl="triton")
+
+
+# --- plans of the kernels' launches: neither a GPU nor the interpreter is needed --------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    pytest.importorskip("triton")
+    return import_module("coverfast.kernels.compose")
+
+
+ON = Architecture(132)
+
+
+def meta(*shape, dtype=torch.float32, layout="contiguous"):
+    return laid_out(torch.empty(shape, dtype=dtype, device="meta"), layout)
+
+
+@given(st.data())
+def test_composition_is_planned_as_its_fields_lie(kernels, data):
+    n, layout = data.draw(st.sampled_from((2, 3))), st.sampled_from(KERNEL_LAYOUTS)
+    half = data.draw(st.tuples(*[st.integers(1, 60)] * n))
+    size, batch = tuple(2 * s for s in half), data.draw(st.integers(0, 3))
+    fine, grad, coarse = (meta(batch, n, *s, layout=data.draw(layout)) for s in (size, size, half))
+    out, scale = meta(batch, n, *size), data.draw(st.sampled_from((None, meta())))
+    launches = [
+        kernels.forward_launch(fine, coarse, out, ON),
+        kernels.backward_launch(grad, fine, coarse, out, meta(batch, n, *size), scale, ON),
+    ]
+    for launch in launches:
+        c, a = launch.constants, launch.arguments
+        assert launch.programs == batch * math.prod(size[:-2]) * -(-size[-2] // c["TILE_Y"]) * -(
+            -size[-1] // c["TILE_X"]
+        )
+        assert c["NDIM"] == n
+        assert not c["WIDE"]
+        assert [a[f"size_{axis}"] for axis in "zyx"] == [*([1] * (3 - n)), *size]
+        for prefix, name in (("f", "fine"), ("c", "coarse"), ("g", "grad"))[: 2 + (launch is launches[1])]:
+            b, channel, *axes = a[name].stride()
+            expected = [b, channel, axes[0] if n == 3 else 0, *axes[-2:]]
+            assert [a[f"{prefix}_{axis}"] for axis in "bczyx"] == expected
+    assert launches[1].constants["FIXED"] == (scale is not None)
+
+
+def test_the_gradient_of_the_coarse_field_is_planned_on_the_coarse_grid(kernels):
+    out, d_up = meta(2, 3, 4, 5, 6), meta(2, 3, 8, 10, 12)
+    for unit in (None, meta()):
+        launch = kernels.upsample_backward_launch(d_up, out, unit, ON)
+        c = launch.constants
+        assert launch.programs == 2 * 3 * 4 * -(-5 // c["TILE_Y"]) * -(-6 // c["TILE_X"])
+        assert [launch.arguments[f"size_{axis}"] for axis in "zyx"] == [4, 5, 6]
+        assert c["FIXED"] == (unit is not None)
+
+
+def test_an_empty_batch_launches_nothing(kernels):
+    fine, coarse = meta(0, 2, 4, 6), meta(0, 2, 2, 3)
+    launch = kernels.forward_launch(fine, coarse, fine, ON)
+    assert launch.programs == 0
+    launch.run()
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_any_field_with_far_pixels_has_64_bit_offsets(kernels, which):
+    fields = [meta(1, 2, 2, 4), meta(1, 2, 1, 2), meta(1, 2, 2, 4)]
+    launches = []
+    for strides in (fields[which].stride(), (2, 1, 2**31, 2**31)):
+        fields[which] = torch.empty_strided(fields[which].shape, strides, device="meta")
+        fine, coarse, grad = fields
+        out = meta(1, 2, 2, 4)
+        launches.append(
+            [
+                kernels.forward_launch(fine, coarse, out, ON),
+                kernels.backward_launch(grad, fine, coarse, out, out, None, ON),
+            ]
+        )
+    wide = [[launch.constants["WIDE"] for launch in pair] for pair in launches]
+    assert wide == [[False, False], [which < 2, True]]

@@ -1,15 +1,19 @@
 """Losses and figure of merit against plain numpy; masks, splits of the batch, values that are not finite."""
 
 import math
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import assert_near, gradients, leaves, randn, refused, sizes
+from strategies import DTYPES, KERNEL_LAYOUTS, assert_near, gradients, laid_out, leaves, randn, refused, sizes
 
 from coverfast import AffineDVF, consistency_loss, end_point_error, inside_mask, vector_loss, warp
+from coverfast.kernels.launch import Architecture
+from coverfast.layout import has_rows, new_like
+from coverfast.ops.losses import field_errors
 
 IMPLS = ("torch", "reference")
 
@@ -244,3 +248,179 @@ def test_a_prediction_that_is_not_a_number_shows(impl):
     pred[0, 0, 1, 1] = float("nan")
     for loss in (vector_loss, end_point_error):
         assert loss(pred, torch.zeros_like(pred), impl=impl).isnan()
+
+
+def theta_like(n, batch=2):
+    return torch.cat([torch.eye(n).double() + 0.2 * randn(batch, n, n), randn(batch, n, 1, seed=1)], 2)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@given(problems(), st.sampled_from((None, 2.5)))
+def test_field_errors_are_the_separate_functions(impl, problem, denominator):
+    pred, target, _, _, mask = problem
+    (pred,) = leaves(pred)
+    errors = field_errors(pred, target, mask, denominator=denominator, impl=impl)
+    loss = vector_loss(pred, target, mask, denominator=denominator, impl=impl)
+    assert_near(errors.l1, loss)
+    assert_near(errors.epe, end_point_error(pred, target, mask, impl=impl).detach())
+    assert_near(errors.still, end_point_error(torch.zeros_like(pred), target, mask, impl=impl))
+    assert errors.mask.item() == pytest.approx(as_array(mask, target).mean())
+    assert_near(*(gradients(value, [pred])[0] for value in (errors.l1, loss)))
+    assert not any(error.requires_grad for error in errors[1:])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("n", [2, 3])
+def test_field_errors_of_an_affine_target(n, impl):
+    size = (4, 5, 3)[:n]
+    field, pred = AffineDVF(theta_like(n), size, full_size=7), randn(2, n, *size)
+    for mask in (None, "inside", inside_mask(field)):
+        for ours, theirs in zip(
+            field_errors(pred, field, mask, impl=impl), field_errors(pred, field.dense(), mask, impl=impl), strict=True
+        ):
+            assert_near(ours, theirs)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_theta_that_asks_for_a_gradient_gets_it(impl):
+    pred, a, b = randn(2, 2, 4, 5), randn(2, 3, 4, 5), randn(2, 3, 4, 5, seed=1)
+    for loss in (
+        lambda field: vector_loss(pred, field, "inside", impl=impl),
+        lambda field: end_point_error(pred, field, impl=impl),
+        lambda field: field_errors(pred, field, impl=impl).l1,
+        lambda field: consistency_loss(a, b, field, "inside", impl=impl),
+    ):
+        slopes = []
+        for form in (lambda field: field, AffineDVF.dense):
+            (theta,) = leaves(theta_like(2))
+            slopes.append(gradients(loss(form(AffineDVF(theta, (4, 5)))), [theta])[0])
+        assert slopes[0].abs().max() > 0
+        assert_near(*slopes)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_refusals_of_affine_fields_and_masks(impl):
+    pred, features, mask = randn(2, 2, 3, 4), randn(2, 5, 3, 4), torch.ones(2, 1, 3, 4, dtype=torch.bool)
+    for wrong in (
+        AffineDVF(theta_like(2), (4, 3)),
+        AffineDVF(theta_like(2, 1), (3, 4)),
+        AffineDVF(theta_like(3), (3, 4, 2)),
+    ):
+        for loss in (vector_loss, end_point_error, field_errors):
+            with refused("target", "pred", "4"):
+                loss(pred, wrong, impl=impl)
+        with refused("dvf", "feat_a"):
+            consistency_loss(features, features, wrong, impl=impl)
+    right = AffineDVF(theta_like(2), (3, 4))
+    for wrong in (mask.float(), mask[:, 0], mask[..., 1:], mask[:1], "outside", mask.to("meta"), [True]):
+        for loss in (vector_loss, end_point_error, field_errors):
+            with refused("mask", "bool" if not isinstance(wrong, torch.Tensor) or not wrong.is_meta else "device"):
+                loss(pred, right, wrong, impl=impl)
+        with refused("mask"):
+            consistency_loss(features, features, right, wrong, impl=impl)
+
+
+# --- plans of the kernels' launches: neither a GPU nor the interpreter is needed --------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    pytest.importorskip("triton")
+    return import_module("coverfast.kernels.losses")
+
+
+ON, LAYOUT = Architecture(132), st.sampled_from(KERNEL_LAYOUTS)
+
+
+def meta(*shape, dtype=torch.float32, layout="contiguous"):
+    return laid_out(torch.empty(shape, dtype=dtype, device="meta"), layout)
+
+
+def covering(launch, batch, size):
+    """As many programs as tiles that cover the grids of the batch."""
+    y, x = (len(range(0, s, launch.constants[name])) for s, name in zip(size[-2:], ("TILE_Y", "TILE_X"), strict=True))
+    return launch.programs == batch * (size[0] if len(size) == 3 else 1) * y * x
+
+
+@given(st.data())
+def test_field_errors_are_planned_as_their_fields_lie(kernels, data):
+    n = data.draw(st.sampled_from((2, 3)))
+    size, batch = data.draw(st.tuples(*[st.integers(1, 90)] * n)), data.draw(st.integers(0, 3))
+    form, kind = (
+        data.draw(st.sampled_from(("dense", "affine"))),
+        data.draw(st.sampled_from(("none", "inside", "tensor"))),
+    )
+    pred = meta(batch, n, *size, layout=data.draw(LAYOUT))
+    field = meta(batch, n, *size, layout=data.draw(LAYOUT)) if form == "dense" else meta(batch, n, n + 3)
+    mask = meta(batch, 1, *size, dtype=torch.uint8) if kind == "tensor" else None
+    problem = (pred, field, form, mask, kind == "inside")
+    forward, partials = kernels.field_errors_launch(*problem, ON)
+    d_true = pred if form == "dense" else None
+    backward = kernels.field_errors_backward_launch(meta(4), *problem, pred, d_true, ON)
+    assert partials.shape == (forward.programs, 4)
+    for launch in (forward, backward):
+        c, a = launch.constants, launch.arguments
+        assert covering(launch, batch, size)
+        assert c["TILE_Y"] * c["TILE_X"] <= kernels.PIXELS
+        assert (c["NDIM"], c["FIELD"], c["MASK"], c["WIDE"]) == (n, form, kind, False)
+        b, channel, *axes = pred.stride()
+        assert [a[f"p_{axis}"] for axis in "bczyx"] == [b, channel, axes[0] if n == 3 else 0, *axes[-2:]]
+    assert backward.constants["TO_TRUE"] == (form == "dense")
+
+
+@given(st.data())
+def test_consistency_is_planned_as_its_features_lie(kernels, data):
+    n = data.draw(st.sampled_from((2, 3)))
+    size, batch = data.draw(st.tuples(*[st.integers(1, 90)] * n)), data.draw(st.integers(0, 3))
+    channels, dtype = (
+        data.draw(st.sampled_from((1, 2, 3, 8, 12, 32, 33, 36, 65, 512))),
+        data.draw(st.sampled_from(DTYPES)),
+    )
+    a, b = (meta(batch, channels, *size, dtype=dtype, layout=data.draw(LAYOUT)) for _ in range(2))
+    field, dense = meta(batch, n, *size), data.draw(st.booleans())
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    forward, partials = kernels.consistency_launch(a, b, field, "dense", None, True, ON)
+    targets = new_like(a, dtype=exact), new_like(b)
+    problem = (meta(2, dtype=torch.float64), a, b, field, "dense", None, True)
+    backward = kernels.consistency_backward_launch(*problem, *targets, dense=dense, on=ON)
+    assert (partials.shape, partials.dtype) == ((forward.programs, 2), exact)
+    assert backward.constants["DENSE"] == dense
+    for launch, maps in (
+        (forward, {"a": "feat_a", "b": "feat_b"}),
+        (backward, {"a": "feat_a", "b": "feat_b", "d": "d_a", "e": "d_b_out"}),
+    ):
+        c, arguments = launch.constants, launch.arguments
+        assert covering(launch, batch, size)
+        assert c["TILE_Y"] * c["TILE_X"] * c["LANES"] <= 128
+        assert c["ROWS"] == all(has_rows(arguments[name]) for name in maps.values())
+        assert c["SINGLE"] == (channels <= c["LANES"] * c["CHUNK"])
+        assert arguments["feat_a"] is a
+        assert has_rows(arguments["feat_b"]) or not has_rows(a)
+        for prefix, name in maps.items():
+            found = arguments[name].stride()
+            strides = [s * c["UNIT"] for s in (arguments[f"{prefix}_{axis}"] for axis in "bzy")]
+            assert strides == [found[0], found[2] if n == 3 else 0, found[-2]]
+            assert arguments[f"{prefix}_c"] == found[1]
+        for name, stride in (("A_X", a), ("B_X", arguments["feat_b"])):
+            assert c[name] == stride.stride(-1)
+
+
+@pytest.mark.parametrize("which", ["feat_a", "feat_b", "field", "pred"])
+def test_far_pixels_have_64_bit_offsets(kernels, which):
+    maps = {name: meta(1, 2, 2, 4) for name in ("feat_a", "feat_b", "field", "pred")}
+    for wide in (False, True):
+        if wide:
+            maps[which] = torch.empty_strided((1, 2, 2, 4), (2, 1, 2, 2**30), device="meta")
+        a, b, field, pred = maps.values()
+        if wide and which == "feat_a":
+            b = maps["feat_b"].contiguous(memory_format=torch.channels_last)
+        consistency, _ = kernels.consistency_launch(a, b, field, "dense", None, False, ON)
+        errors, _ = kernels.field_errors_launch(pred, field, "dense", None, False, ON)
+        assert consistency.constants["WIDE"] == (wide and which != "pred")
+        assert errors.constants["WIDE"] == (wide and which in ("field", "pred"))
+
+
+def test_an_empty_batch_launches_nothing(kernels):
+    launch, partials = kernels.field_errors_launch(meta(0, 2, 3, 4), meta(0, 2, 5), "affine", None, True, ON)
+    assert (launch.programs, partials.shape) == (0, (0, 4))
+    launch.run()

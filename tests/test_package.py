@@ -44,7 +44,7 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_the_library_and_nothing_at_the_top_level(unpacked: Path) -> None:
     assert sorted(p.name for p in unpacked.iterdir() if not p.name.endswith(".dist-info")) == ["coverfast"]
-    for name in ("py.typed", "cli/main.py", "bench/mov.py", "ops/mov.py", "reference.py"):
+    for name in ("py.typed", "cli/main.py", "bench/harness.py", "ops/mov.py", "reference.py"):
         assert (unpacked / "coverfast" / name).is_file(), name
     every = {p.relative_to(ROOT / "coverfast") for p in (ROOT / "coverfast").rglob("*.py")}
     every |= {p.relative_to(ROOT) for p in (ROOT / "kernels").rglob("*.py")}

@@ -8,8 +8,9 @@ from strategies import refused, run_python
 from typer.testing import CliRunner
 
 from coverfast.bench import static
-from coverfast.bench.problems import preset_problems
+from coverfast.bench.plans import LAUNCHES
 from coverfast.cli.main import app
+from coverfast.kernels.launch import ARCHITECTURES
 from coverfast.ops.dispatch import KERNELS
 
 #: The version of the budget, that of constraints.txt; others sum and allot registers a little differently.
@@ -18,18 +19,21 @@ PINNED = metadata.version("triton").startswith("3.7.") if "mov" in KERNELS else 
 pytestmark = pytest.mark.skipif("mov" not in KERNELS, reason="needs the package triton")
 
 
+# --- mov -------------------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def rows():
-    """Every specialisation of both paper presets for every target."""
-    return static.table()
+    """Every specialisation of `mov` in both paper presets for every target."""
+    return static.table(ops=["mov"])
 
 
 def test_every_level_is_compiled_for_every_target(rows):
-    for target in static.ARCHITECTURES:
-        for preset in static.PRESETS:
-            for kernel in ("mov_forward", "mov_dq", "mov_dk"):
-                of_it = [r for r in rows if (r.target, r.kernel) == (target, kernel) and preset in r.levels]
-                assert sum(len(r.levels.split(preset)[1].split(";")[0].split(",")) for r in of_it) == 5
+    levels = {f"{preset} level {level}" for preset in static.PRESETS for level in range(5)}
+    for target in ARCHITECTURES:
+        for kernel in ("mov_forward", "mov_dq", "mov_dk"):
+            found = [name for r in rows if (r.target, r.kernel) == (target, kernel) for name in r.levels]
+            assert sorted(found) == sorted(levels)
 
 
 def test_nothing_spills_on_nvidia(rows):
@@ -40,7 +44,7 @@ def test_nothing_spills_on_nvidia(rows):
 def test_keys_are_loaded_sixteen_bytes_at_a_time(rows):
     for row in rows:
         if row.target == "sm_90":
-            window = 5 if "paper-3d" in row.levels else 7
+            window = 5 if row.levels[0].startswith("paper-3d") else 7
             assert row.loads.split(", ")[0] == f"{window} x 128", row
 
 
@@ -48,40 +52,66 @@ def test_instructions_a_tap(rows):
     hopper = [r for r in rows if r.target == "sm_90"]
     for row in hopper:
         assert row.executed >= row.a_tap
+        assert row.body > row.a_tap * row.rows * row.taps
         if row.kernel == "mov_forward":
             assert row.a_tap <= 30, row
     for level in range(5):
-        of_it = [r for r in hopper if r.levels == f"paper-3d {level}"]
+        of_it = [r for r in hopper if f"paper-3d level {level}" in r.levels]
+        assert len(of_it) == 3
         assert sum(r.executed for r in of_it if r.kernel != "mov_forward") <= 90
         if level >= 2 and PINNED:  # 99.8 % of the taps
             assert sum(r.executed for r in of_it if r.kernel == "mov_forward") <= 25
             assert sum(r.executed for r in of_it if r.kernel != "mov_forward") <= 70
 
 
-def test_problems_are_the_calls_of_a_step():
-    finest = preset_problems("paper-3d")[-1]
-    assert (finest.shape, finest.window, finest.groups) == ((2, 8, 128, 128, 128), (5, 5, 5), 1)
-    assert sum(p.taps for p in preset_problems("paper-3d")) == 627_200_000
-    assert sum(p.taps for p in preset_problems("paper-2d")) == 273_659_904
+# --- the others ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def others():
+    """The kernels of all other operators in 3D, for one target."""
+    return static.table(["paper-3d"], ["sm_90"], ops=[op for op in LAUNCHES if op in KERNELS and op != "mov"])
+
+
+def test_every_operator_compiles_and_nothing_spills(others):
+    assert {r.op for r in others} == {op for op in LAUNCHES if op in KERNELS} - {"mov"}
+    assert [r for r in others if r.spills > (0 if PINNED else 8)] == []
+    for row in others:
+        assert row.body > 0
+        assert row.a_tap is None
+        assert row.rows is None
+
+
+def test_channels_are_loaded_sixteen_bytes_at_a_time(others):
+    found = [r for r in others if (r.kernel, r.flags) == ("warp_forward", ("coarse",))]
+    assert {name for r in found for name in r.levels} == {f"paper-3d level {level} up" for level in range(1, 5)}
+    assert all(r.loads.startswith("8 x 128") for r in found), found  # the corners of a cell
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def test_the_command_prints_and_saves(tmp_path):
     file = tmp_path / "static.json"
-    done = CliRunner().invoke(
-        app,
-        ["bench", "static", "--target", "sm_90", "--preset", "paper-3d", "--save", str(file)],
-        env={"COLUMNS": "200"},
-    )
+    command = ["bench", "static", "--op", "mov", "--target", "sm_90", "--preset", "paper-3d", "--save", str(file)]
+    done = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
-    assert all(word in done.output for word in ("forward", "dq", "dk", "3d 3, 4", "5 x 128"))
+    assert all(word in done.output for word in ("mov_forward", "mov_dq", "mov_dk", "3d 3, 4", "5 x 128"))
     saved = json.loads(file.read_text())
     assert len(saved["rows"]) == 15
     assert saved["provenance"]["triton"]
 
 
-def test_a_target_that_is_not_there_is_refused():
+def test_levels_are_merged():
+    names = ["paper-2d level 0", "paper-2d level 1", "paper-3d level 4 up", "paper-2d level 1"]
+    assert static.merged(names) == "2d 0, 1; 3d 4 up"
+
+
+def test_what_is_not_there_is_refused():
     with refused("target", "sm_12"):
         static.table(targets=["sm_12"])
+    with refused("op", "head"):
+        static.table(ops=["head"])
 
 
 def test_the_interpreter_compiles_nothing():
@@ -89,41 +119,27 @@ def test_the_interpreter_compiles_nothing():
     assert "TRITON_INTERPRET" in run_python(code, TRITON_INTERPRET="1")
 
 
-_LAUNCHER = '''
+_SIZES = """
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from coverfast.bench.operators import CASES
+from coverfast.bench.plans import LAUNCHES
+from coverfast.bench.problems import single_level
+from coverfast.bench.sass import compile_launch
+from coverfast.kernels.launch import ARCHITECTURES
 
-class Hopper:
-    """A GPU that is not there: enough of a driver for the launcher to bind arguments and compile."""
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-driver.set_active(Hopper())
-from coverfast.bench import static
-from coverfast.kernels import mov as kernels
-from coverfast.ops import mov as op
-
-def launches(*shape):
-    q = torch.zeros(shape).bfloat16().to(memory_format=torch.channels_last_3d)
-    outputs, gradients = op._new_outputs(q, 1), (op._gradient_like(q), op._gradient_like(q))
-    problem = (5, 5, 5), 1, 0.35
-    yield kernels.forward_launch(q, q, *outputs, *problem)
-    yield from kernels.backward_launches(torch.zeros_like(outputs[0]), q, q, *outputs, *gradients, *problem)
-
-for sizes in ((2, 8, 6, 5, 32), (1, 8, 16, 32, 96), (3, 8, 1, 7, 64)):
-    for launch in launches(*sizes):
-        options = dict(num_warps=launch.warps, num_stages=1, enable_fp_fusion=True, grid=(launch.programs,))
-        compiled = launch.kernel.warmup(**launch.arguments, **launch.constants, **options)
-        counted = static.compile_launch(launch, "sm_90")
-        print(launch.kernel.__name__, compiled.asm["ptx"] == counted.asm["ptx"], id(compiled))
-'''
+for batch, *size in ((2, 6, 6, 32), (1, 8, 16, 96), (3, 2, 14, 64)):
+    for op in ("mov", "warp", "compose", "norm", "losses"):
+        for case in CASES[op]([single_level(size, (5, 5, 5), batch=batch)], "channels_last"):
+            inputs = case.make("meta", torch.bfloat16, None, 0)
+            for launch in LAUNCHES[op](case, inputs, ARCHITECTURES["sm_90"]):
+                key = launch.kernel.__name__, str(launch.constants), str(launch.warps)
+                print(*key, id(compile_launch(launch, "sm_90")), sep="|")
+"""
 
 
-def test_the_launcher_compiles_what_the_table_counts_once_for_all_sizes():
-    lines = [line.split() for line in run_python(_LAUNCHER).splitlines()]
-    assert len(lines) == 9
-    assert all(same == "True" for _, same, _ in lines)
-    # Tiles of 32 and 64 lanes: two kernels each for three sizes.
-    assert len({(kernel, compiled) for kernel, _, compiled in lines}) <= 6
+def test_other_sizes_with_the_same_constants_compile_nothing():
+    """What the launcher specialises beyond constants (arguments that are 1 or multiples of 16) is asked not to be."""
+    found = [line.rsplit("|", 1) for line in run_python(_SIZES).splitlines()]
+    kernels = {launch: {compiled for other, compiled in found if other == launch} for launch, _ in found}
+    assert len(found) - len(kernels) > 10, "some launches of different sizes are the same kernel"
+    assert {launch: len(compiled) for launch, compiled in kernels.items() if len(compiled) > 1} == {}

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from strategies import assert_near, randn, views_of
 
 from coverfast import AffineDVF, ViewSettings, affine_dvf, inside_mask, warp
-from coverfast.view_draws import affine_draws, blur_weights, sample_affine
+from coverfast.philox import STREAM_FILL, STREAM_NOISE, normal, uniform
+from coverfast.view_draws import affine_draws, blur_weights, draw, sample_affine
 from coverfast.views import _blur
 
 PLAIN = ViewSettings(probability=0.0)  # the spatial map alone
@@ -262,6 +263,44 @@ def test_blur_by_direct_sums(size):
     out = _blur(x, torch.from_numpy(blur_weights(sigma.double().numpy(), 1.5)))
     assert_near(out.double(), torch.from_numpy(expected), atol=2e-4)
     assert_near(out[0], x[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(30, 41), (14, 21, 16)], ids=str)
+def test_view_a_by_the_definition(size):
+    """In order: noise, blur, contrast about the mean, brightness, boxes; one draw for all channels of a sample."""
+    settings = ViewSettings(probability=1.0, noise=0.3, blur=1.0, brightness=0.5)
+    crop, samples, keys = tuple(s - 6 for s in size), torch.tensor([7, 2**31 + 1, 0]), (2**63 + 9, 2**24 + 5)
+    x = images(3, *size, channels=2)
+    views = views_of(x, crop, seed=keys[0], iteration=keys[1], samples=samples, settings=settings)
+    drawn = draw(*keys, samples.numpy(), np.tile([size], (3, 1)), crop, settings)
+    axes, shape = tuple(range(1, 1 + len(crop))), (2, *crop)
+
+    def dense(function, stream, sample):
+        found = function(keys[0], stream, keys[1], sample[None], int(np.prod(shape)))
+        return found[0].double().numpy().reshape(shape)
+
+    for b, sample in enumerate(samples):
+        out = cut(x[b], drawn.origin[b], crop).double().numpy()
+        out = out + drawn.noise[b] * dense(normal, STREAM_NOISE, sample)
+        out = _blur(torch.from_numpy(out)[None], torch.from_numpy(blur_weights(drawn.blur, 1.0))[b : b + 1])[0].numpy()
+        middle = out.mean(axes, keepdims=True)
+        out = middle + (1 + drawn.contrast[b]) * (out - middle) + drawn.brightness[b]
+        fill = dense(uniform, STREAM_FILL, sample)
+        for box in drawn.boxes[b]:
+            here = (slice(None), *(slice(*side) for side in box))
+            out[here] = fill[here]
+        assert_near(views.x_a[b].double(), torch.from_numpy(out), atol=3e-6)
+    assert (drawn.boxes[..., 1] > drawn.boxes[..., 0]).any()
+
+
+def test_the_views_are_one_batch():
+    views = views_of(images(3, 20, 20, channels=2), 16)
+    assert views.pair.shape == (6, 2, 16, 16)
+    assert views.pair.is_contiguous()
+    assert torch.equal(torch.cat([views.x_a, views.x_b]), views.pair)
+    assert views.x_a.data_ptr() == views.pair.data_ptr()
+    assert views.shown == "inside"
+    assert torch.equal(views.mask, inside_mask(views.target))
 
 
 def same(views, others):

@@ -60,8 +60,9 @@ def _view_pair(
     from coverfast.kernels.warp import forward_launch
 
     x_a, x_b = pair.chunk(2) if len(pair) else (pair, pair)
-    drawn = {"boxes": boxes, "taps": taps, "seed": seed, "iteration": iteration}
-    for launch in kernels.appearance_launches(images, numbers, params, x_a, **drawn):
+    for launch in kernels.appearance_launches(
+        images, numbers, params, x_a, boxes=boxes, taps=taps, seed=seed, iteration=iteration
+    ):
         launch.run()
     forward_launch(images, field, form, x_b, "linear", "zeros").run()
 

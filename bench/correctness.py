@@ -1,0 +1,65 @@
+"""Whether a variant computes what the definition does: outputs and gradients, on a small grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coverfast.bench.problems import Case, Variant
+
+#: Pixels an axis of the grid on which variants are checked.
+CHECKED = 24
+
+
+def outcome(case: Case, variant: Variant, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Outputs, and the gradients of a fixed random projection of them, by name.
+
+    Of an input that the variant has replaced before it is timed there is no gradient.
+    """
+    ready = variant.ready(inputs)
+    with torch.set_grad_enabled(case.backward):
+        outputs = outputs_of(variant.call(*ready))
+    found = dict(zip(case.outputs, (out.detach() for out in outputs), strict=True))
+    if case.backward:
+        pairs = zip(case.inputs, inputs, ready, strict=False)
+        wanted = {f"d_{name}": x for name, x, y in pairs if x is y and x.requires_grad}
+        found |= dict(zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), slopes_of(outputs)), strict=True))
+    return found
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected value; infinite where shapes differ, NaN where a value is."""
+    if found.shape != expected.shape:
+        return float("inf")
+    found, expected = found.double(), expected.double()
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def definition(case: Case, device: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Inputs on a small grid, and what the definition makes of them in float64."""
+    inputs = case.make(device, dtype, CHECKED, 1)
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    return inputs, outcome(case, Variant(case.exact), exact)
+
+
+def error_of(case: Case, variant: Variant, inputs: Sequence[Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest difference of outputs and gradients from what is expected."""
+    found = outcome(case, variant, inputs)
+    # torch's maximum is NaN where anything is; Python's depends on the order.
+    return float(torch.tensor([difference(value, expected[name]) for name, value in found.items()]).max())
+
+
+def outputs_of(out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def slopes_of(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Random gradients, of numbers that every dtype holds exactly.
+
+    Not of the default generator, which a failed capture of a CUDA graph spoils.
+    """
+    generator = torch.Generator(outputs[0].device).manual_seed(0)
+    return [torch.randn(x.shape, generator=generator, device=x.device).bfloat16().to(x.dtype) for x in outputs]

@@ -1,0 +1,79 @@
+"""The head of a training step as a case: pyramid and losses, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from coverfast.bench.problems import Case, Draws, Level, Variant
+from coverfast.geometry import AffineDVF
+from coverfast.ops.losses import consistency_loss, field_errors
+from coverfast.pyramid import VectorPyramid
+
+
+def head_cases(levels: Sequence[Level], layout: str) -> list[Case]:
+    """From the features of all levels, both views in one batch, to the gradients of the loss.
+
+    Checked in float32: half precision moves coordinates over the faces of cells, where slopes jump.
+    """
+    at, of = levels[-1], tuple(levels)
+    maps = [f"features {level}" for level in range(len(levels))]
+    names = (*maps, "numbers", *(name for name, _ in _pyramid(of, "torch").named_parameters()))
+    facts = {"shape": (2 * at.batch, at.features, *at.size), "window": at.window, "layout": layout}
+    variants = {
+        "coverfast auto": Variant(partial(head, of, impl="auto"), cpu=False),
+        "coverfast torch": Variant(partial(head, of, impl="torch")),
+    }
+    make, exact = partial(_head_inputs, of, layout), partial(head, of, impl="reference")
+    name = f"{at.name.partition(' level')[0]} head"
+    return [Case(name, "head", facts, at, names, make, variants, exact, checked=torch.float32)]
+
+
+@cache
+def _pyramid(levels: tuple[Level, ...], impl: str) -> VectorPyramid:
+    at = levels[-1]
+    features, groups = [level.features for level in levels], [level.groups for level in levels]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VectorPyramid(len(at.size), features, groups, at.channels // at.groups, at.window, impl=impl)
+
+
+def _head_inputs(
+    levels: tuple[Level, ...], layout: str, device: str, dtype: torch.dtype, limit: int | None, seed: int
+) -> list[Tensor]:
+    draws, finest = Draws(device, dtype, layout, seed), 2 ** (len(levels) - 1)
+    # Every level is twice the size of the one above, on a small grid too.
+    at = levels[0].at_most(None if limit is None else max(1, limit // finest))
+    maps = [
+        draws.features(2 * at.batch, level.features, [s * 2**step for s in at.size])
+        for step, level in enumerate(levels)
+    ]
+    numbers = draws.affine(at.batch, [s * finest for s in at.size]).numbers
+    weights = [p.detach().to(device, draws.exact).requires_grad_() for p in _pyramid(levels, "torch").parameters()]
+    return [*maps, numbers, *weights]
+
+
+def head_field(levels: tuple[Level, ...], *inputs: Tensor, impl: str) -> Tensor:
+    """The predicted field."""
+    maps, pyramid = inputs[: len(levels)], _pyramid(levels, impl)
+    weights = dict(zip(dict(pyramid.named_parameters()), inputs[len(levels) + 1 :], strict=True))
+    dtype = maps[0].dtype
+    with torch.autocast(maps[0].device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+        return functional_call(pyramid, weights, (maps,))
+
+
+def head_loss(levels: tuple[Level, ...], psi: Tensor, *inputs: Tensor, impl: str) -> Tensor:
+    """The loss of a predicted field, and the figures of merit beside it."""
+    truth = AffineDVF.of(inputs[len(levels)], tuple(psi.shape[2:]))
+    matched = field_errors(psi, truth, "inside", impl=impl).l1
+    feat_a, feat_b = inputs[len(levels) - 1].chunk(2)
+    return matched + consistency_loss(feat_a, feat_b, truth, "inside", impl=impl)
+
+
+def head(levels: tuple[Level, ...], *inputs: Tensor, impl: str) -> Tensor:
+    """Features of both views, truth and weights to the loss."""
+    return head_loss(levels, head_field(levels, *inputs, impl=impl), *inputs, impl=impl)
