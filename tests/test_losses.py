@@ -312,7 +312,7 @@ def test_refusals_of_affine_fields_and_masks(impl):
         with refused("dvf", "feat_a"):
             consistency_loss(features, features, wrong, impl=impl)
     right = AffineDVF(theta_like(2), (3, 4))
-    for wrong in (mask.float(), mask[:, 0], mask[..., 1:], mask[:1], "outside", mask.to("meta"), [True]):
+    for wrong in (mask.float(), mask[:, 0], mask[..., 1:], mask[:1], "outside", mask.to("meta"), [True], mask.numpy()):
         for loss in (vector_loss, end_point_error, field_errors):
             with refused("mask", "bool" if not isinstance(wrong, torch.Tensor) or not wrong.is_meta else "device"):
                 loss(pred, right, wrong, impl=impl)

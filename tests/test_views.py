@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import assert_near, randn, views_of
+from strategies import assert_near, randn, refused, views_of
 
 from coverfast import AffineDVF, ViewSettings, affine_dvf, inside_mask, warp
 from coverfast.philox import STREAM_FILL, STREAM_NOISE, normal, uniform
@@ -347,3 +347,21 @@ def test_sizes_may_differ_within_a_batch(n):
         alone = views_of(single, 16, samples=torch.tensor([i]), seed=4)
         for name in ("x_a", "x_b", "dvf", "mask"):
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[i]), (i, name)
+
+
+def test_refusals_of_what_no_counter_holds():
+    x = images(2, 20, 24)
+    for seed in (-1, 2**64, 1.0):
+        with refused("seed", str(seed)):
+            views_of(x, 16, seed=seed)
+    for iteration in (-1, 2**32, 1.5):
+        with refused("iteration", str(iteration)):
+            views_of(x, 16, iteration=iteration)
+    for samples in ([0, -1], [2**32, 0], [0.0, 1.0]):
+        with refused("samples", "2^32"):
+            views_of(x, 16, samples=torch.tensor(samples))
+    for sizes in ([[20, 25], [20, 24]], [[20, 0], [20, 24]], [[20.0, 24.0], [20.0, 24.0]]):
+        with refused("sizes", "(20, 24)"):
+            views_of(x, 16, sizes=torch.tensor(sizes), pad=True)
+    last = views_of(x, 16, seed=2**64 - 1, iteration=2**32 - 1, samples=torch.tensor([2**32 - 1, 0]))
+    assert last.pair.isfinite().all()

@@ -69,7 +69,7 @@ CORNERS = {
     "33 channels in rows": LossSpec((2, 3), channels=33, layouts=ROWS, mask="inside"),
     "72 channels, more than a step": LossSpec((1, 2), channels=72, dtype=torch.float64, layouts=ROWS),
     "36 channels, written out": LossSpec((2, 2), channels=36, layouts=ROWS, fixed=True, mask="some"),
-    "12 channels in 3D": LossSpec((2, 1, 3), channels=12, layouts=ROWS, form="affine", mask="inside", fixed=True),
+    "12 channels in 3D": LossSpec((2, 2, 4), channels=12, layouts=ROWS, form="affine", mask="inside", fixed=True, seed=3),
     "8 channels plane by plane": LossSpec((2, 3), channels=8, layouts=("sliced", "contiguous", "sliced", "sliced")),
     "rows against planes": LossSpec(
         (3, 4), channels=3, layouts=("sliced_rows", "contiguous", "expanded", "transposed")
@@ -78,7 +78,7 @@ CORNERS = {
         (3, 4), channels=3, layouts=("contiguous", "channels_last", "sliced", "contiguous")
     ),
     "one channel": LossSpec((3, 4), channels=1, mask="some", mask_layout="sliced", batch=2),
-    "one pixel": LossSpec((1, 1), mask="inside", reach=0.1),
+    "one pixel": LossSpec((1, 1), mask="inside", reach=0.4, step=1.0),
     "one pixel in 3D": LossSpec((1, 1, 1), channels=3, mask="some", fixed=True),
     "an empty batch": LossSpec((2, 3), batch=0),
     "an empty batch with a mask": LossSpec((2, 3), batch=0, mask="inside", fixed=True, denominator=3.0),
@@ -110,6 +110,24 @@ def test_low_precision_error_is_that_of_torch(device, spec):
 def test_float32_error_of_fields_is_that_of_torch(device, spec):
     ours, truth = spec.field_results(device), spec.field_results(impl="reference", exact=True)
     assert_within_budget(ours, spec.field_results(impl="torch"), truth, 4 + spec.reach)
+
+
+@pytest.mark.parametrize("form", ["dense", "affine"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_fields_of_two_precisions_meet_in_the_better_one(dtypes, form, device):
+    spec = LossSpec((3, 6), form=form, seed=1)
+    pred, target = spec.pred().to(dtypes[0]), spec.target().to(dtypes[1])
+    results = []
+    for impl, where in (("triton", device), ("reference", "cpu")):
+        with spec.launched():
+            (p,), t = leaves(pred.to(where)), target.to(where)
+            losses = [loss(p, t, "inside", impl=impl) for loss in (vector_loss, end_point_error)]
+            losses += field_errors(p, t, "inside", impl=impl)[:2]
+            results.append([*losses, *torch.autograd.grad(sum(losses), p)])
+    assert [x.dtype for x in results[0]] == [torch.float64] * 4 + [dtypes[0]]
+    for ours, theirs in zip(*results, strict=True):
+        assert (theirs != 0).any()
+        assert_near(ours.cpu(), theirs, atol=1e-7, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "fixed"), [*zip(DTYPES, (0, 1, 0, 1), strict=True)], ids=str)
@@ -282,7 +300,7 @@ def test_field_errors_are_the_separate_functions(device):
             assert_near(errors.epe, end_point_error(pred, target, mask, impl="triton"))
             assert_near(errors.still, end_point_error(torch.zeros_like(pred), target, mask, impl="triton"))
         shown = inside_mask(target) if isinstance(mask, str) else mask
-        assert errors.mask == shown.double().mean()
+        assert 0 < errors.mask == shown.double().mean() < 1
         assert errors.l1.requires_grad
         assert not any(error.requires_grad for error in errors[1:])
 
