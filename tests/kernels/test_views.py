@@ -181,7 +181,7 @@ def test_any_call_equals_torch(device, case):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "pixels", "block"), [({"tile": 4, "tile_y": 2}, 8, 4), ({"tile": 1, "tile_y": 16}, 64, 1024)], ids=str
+    ("numbers", "pixels", "block"), [({"tile": 4, "tile_y": 2}, 8, 2), ({"tile": 1, "tile_y": 16}, 64, 1024)], ids=str
 )
 def test_the_split_into_programs_changes_nothing(numbers, pixels, block, device, monkeypatch, launches):
     monkeypatch.setattr(kernels, "PIXELS", pixels)
