@@ -13,9 +13,33 @@ from numpy.typing import NDArray
 
 from coverfast.checks import InputError, require
 
+SPLITS = ("train", "val", "test")
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32")
-# Attributes beyond 64 KiB leave HDF5's checksummed object header.
+# Attributes of 64 KiB and more leave HDF5's checksummed object header.
 LONGEST_TEXT = 32768
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """Where a stored image lies in the file it came from.
+
+    shape: of the file's array, in the file's own order of axes. to_original: `(n+1, n+1)` float64, homogeneous, from
+    an index into the stored image (order of S) to an index into that array. affine: `(4, 4)` float64, from an index
+    (i, j, k) of the file to mm in RAS+, None where the file has none. orientation: directions of the file's axes as
+    letters ("LPS"), empty without an affine.
+    """
+
+    shape: tuple[int, ...]
+    to_original: NDArray[np.float64]
+    affine: NDArray[np.float64] | None = None
+    orientation: str = ""
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Mm from pixel to pixel along each axis of the file; empty without an affine."""
+        if self.affine is None:
+            return ()
+        return tuple(float(v) for v in np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +48,8 @@ class Sample:
 
     pixels: `(C, *S)`, S = (H, W) or (D, H, W), one of `DTYPES`. Its values mean `stored * slope + intercept`;
     `lo` and `hi`, in those scaled units, become 0 and 1. spacing: mm per pixel in the order of S, 1.0 where
-    unknown. source: the name that messages use.
+    unknown. source: the name that messages use. group: patient or subject, "" for a group of its own. split: one of
+    `SPLITS`. original: where the image lies in its file, if it came from one.
     """
 
     pixels: NDArray[Any]
@@ -34,6 +59,9 @@ class Sample:
     hi: float
     spacing: tuple[float, ...]
     source: str
+    group: str = ""
+    split: str = "train"
+    original: Original | None = None
 
     def normalised(self) -> NDArray[np.float32]:
         """The image in [0, 1], `(stored * slope + intercept - lo) / (hi - lo)` clipped; all 0 where hi <= lo."""
@@ -57,14 +85,18 @@ class SampleInfo(NamedTuple):
     hi: float
     spacing: tuple[float, ...]
     source: str
+    group: str
+    split: str
+    original: Original | None
     sha256: str
 
 
 def check_sample(sample: Sample) -> None:
     """Raise `InputError`, naming the source, unless a shard can hold the sample."""
     pixels, name = sample.pixels, sample.source
-    require(isinstance(name, str) and "\0" not in name, f"source must be a string without NUL, got {name!r}")
-    require(len(encoded(name)) <= LONGEST_TEXT, f"source must be at most {LONGEST_TEXT} bytes, got {name[:80]}...")
+    for key, text in (("source", name), ("group", sample.group)):
+        require(isinstance(text, str) and "\0" not in text, f"{key} must be a string without NUL, got {text!r}")
+        require(len(encoded(text)) <= LONGEST_TEXT, f"{key} must be at most {LONGEST_TEXT} bytes, got {text[:80]}...")
     require(isinstance(pixels, np.ndarray), f"{name}: pixels must be a numpy array, got {type(pixels).__name__}")
     require(pixels.dtype.name in DTYPES, f"{name}: pixels must be one of {', '.join(DTYPES)}, got {pixels.dtype.name}")
     require(
@@ -73,23 +105,45 @@ def check_sample(sample: Sample) -> None:
     )
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise InputError(f"{name}: pixels must be finite, got {int((~np.isfinite(pixels)).sum())} NaN or infinite")
+    check_metadata(sample, pixels.ndim - 1)
+
+
+def check_metadata(sample: Sample | SampleInfo, n: int) -> None:
+    """Raise `InputError`, naming the source, unless what is said of an image of `n` dimensions makes sense."""
+    name, original = sample.source, sample.original
     scaling = (sample.slope, sample.intercept, sample.lo, sample.hi, sample.hi - sample.lo)
     require(
         all(math.isfinite(v) for v in scaling),
         f"{name}: slope, intercept, lo, hi and hi - lo must be finite, got {', '.join(f'{v:g}' for v in scaling)}",
     )
     require(
-        len(sample.spacing) == pixels.ndim - 1 and all(math.isfinite(v) and v > 0 for v in sample.spacing),
-        f"{name}: spacing must be {pixels.ndim - 1} positive numbers, got {sample.spacing}",
+        len(sample.spacing) == n and all(math.isfinite(v) and v > 0 for v in sample.spacing),
+        f"{name}: spacing must be {n} positive numbers, got {sample.spacing}",
+    )
+    require(sample.split in SPLITS, f"{name}: split must be one of {', '.join(SPLITS)}, got {sample.split!r}")
+    if original is None:
+        return
+    require(
+        original.to_original.shape == (n + 1, n + 1) and bool(np.isfinite(original.to_original).all()),
+        f"{name}: to_original must be {n + 1} x {n + 1} finite numbers, got {original.to_original.tolist()}",
+    )
+    require(
+        len(original.shape) == n and all(s >= 1 for s in original.shape),
+        f"{name}: the original shape must be {n} positive integers, got {original.shape}",
+    )
+    require(
+        original.affine is None or (original.affine.shape == (4, 4) and bool(np.isfinite(original.affine).all())),
+        f"{name}: affine must be 4 x 4 finite numbers, got {original.affine}",
     )
 
 
 def encoded(text: str) -> bytes:
-    # File names may hold bytes that are no UTF-8; Python shows them as surrogates.
+    """UTF-8; file names may hold bytes that are none, which Python shows as surrogates."""
     return text.encode("utf-8", "backslashreplace")
 
 
 def pixel_digest(pixels: NDArray[Any]) -> str:
+    """SHA-256 of type, shape and pixels, in hexadecimal; see docs/shard-format.md."""
     little = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("<"))
     sha = hashlib.sha256(f"{little.dtype.kind}{little.dtype.itemsize} {'x'.join(map(str, little.shape))}\n".encode())
     sha.update(little.reshape(-1).view(np.uint8).data)
@@ -97,7 +151,13 @@ def pixel_digest(pixels: NDArray[Any]) -> str:
 
 
 def add_to_content(content: Any, sample: Sample | SampleInfo, sha256: str) -> None:
-    name = encoded(sample.source)
-    content.update(bytes.fromhex(sha256) + struct.pack("<Q", len(name)) + name)
-    scaling = (sample.slope, sample.intercept, sample.lo, sample.hi, *sample.spacing)
-    content.update(struct.pack(f"<{len(scaling)}d", *scaling))
+    """Add a sample to a running hash of all that a shard says; see docs/shard-format.md."""
+    original = sample.original
+    texts = (sample.source, sample.group, sample.split, original.orientation if original else "")
+    parts = [bytes.fromhex(sha256), *map(encoded, texts)]
+    numbers: list[Any] = [(sample.slope, sample.intercept, sample.lo, sample.hi), sample.spacing]
+    if original:
+        numbers += [original.to_original, original.shape, () if original.affine is None else original.affine]
+    parts += [np.asarray(values, "<f8").tobytes() for values in numbers]
+    for part in parts:
+        content.update(struct.pack("<Q", len(part)) + part)

@@ -1,14 +1,16 @@
-"""Read HDF5 shards (format v1) and verify them."""
+"""Read HDF5 shards (format v2) and verify them."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import operator
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coverfast.checks import InputError, require
-from coverfast.samples import DTYPES, Sample, SampleInfo, add_to_content, check_sample, pixel_digest
+from coverfast.samples import (
+    DTYPES,
+    SPLITS,
+    Original,
+    Sample,
+    SampleInfo,
+    add_to_content,
+    check_metadata,
+    check_sample,
+    pixel_digest,
+)
 
 FORMAT = "coverfast-shard"
-VERSION = 1
+VERSION = 2
+Region = Sequence[slice]
 Progress = Callable[[int, int], None]
 
 # What h5py raises on damaged files, one or the other by the place of the damage.
@@ -57,8 +70,9 @@ def _open(path: Path) -> h5py.File:
         require(path.stat().st_size > 0, f"{path} must be a shard, got an empty file")
         require(h5py.is_hdf5(path), f"{path} must be a shard, got a file that is not HDF5 or has a damaged start")
     try:
-        # Shards never change under their name, so a lock would only fail where file systems have none.
-        return h5py.File(path, "r", locking=False)
+        # Shards never change under their name, so a lock would only fail where file systems have none. The cache is
+        # that of one open sample: several crops of it decode a chunk once.
+        return h5py.File(path, "r", locking=False, rdcc_nbytes=64 << 20, rdcc_nslots=4001)
     except _FAULTS as error:
         state = "truncated" if "truncated" in str(error) else "damaged"
         raise InputError(f"{path} is a {state} HDF5 file: {reason(error)}") from error
@@ -68,7 +82,8 @@ class Shard:
     """A shard opened for reading.
 
     len(): samples. path: absolute. ndim: 2 or 3. channels. sizes: `(N, ndim)` int64, every sample's S in pixels.
-    content_hash: SHA-256 (hexadecimal) over pixels, scaling, spacing and source names of all samples in order.
+    scaling: `(N, 4)` float64, slope, intercept, lo and hi. splits: `(N,)` uint8, an index into `SPLITS`.
+    content_hash: SHA-256 (hexadecimal) over the pixels of all samples in order and all that is said of them.
     preprocessing: the dict given to the writer.
 
     Opening reads the index only. Pickles by path; a forked child opens a handle of its own. Both refuse a file
@@ -104,9 +119,13 @@ class Shard:
         self.ndim, self.channels = int(root["ndim"]), int(root["channels"])
         self.content_hash = _string(root["content_sha256"])
         self.preprocessing: dict[str, Any] = json.loads(_string(root["preprocessing"]))
-        count, found = int(root["count"]), len(file["samples"])
+        samples = file["samples"]
+        count, found = int(root["count"]), len(samples)
         self.sizes: NDArray[np.int64] = file["sizes"][()].astype(np.int64)
-        self.sizes.flags.writeable = False
+        self.scaling: NDArray[np.float64] = file["scaling"][()].astype(np.float64)
+        self.splits: NDArray[np.uint8] = file["splits"][()].astype(np.uint8)
+        for table in (self.sizes, self.scaling, self.splits):
+            table.flags.writeable = False
         require(
             self.ndim in (2, 3) and self.channels >= 1 and count >= 1,
             f"{path} must hold at least 1 sample of 2 or 3 axes and 1 channel, got {count} of {self.ndim} axes and "
@@ -120,6 +139,15 @@ class Shard:
             self.sizes.shape == (count, self.ndim) and found == count and bool((self.sizes >= 1).all()),
             f"{path} must have {count} samples of {self.ndim} axes, got {found} and sizes {self.sizes.shape}",
         )
+        require(
+            self.scaling.shape == (count, 4) and bool(np.isfinite(self.scaling).all()),
+            f"{path} must have {count} rows of 4 finite numbers as scaling, got {self.scaling.shape}",
+        )
+        require(
+            self.splits.shape == (count,) and bool((self.splits < len(SPLITS)).all()),
+            f"{path} must have {count} splits below {len(SPLITS)}, got {self.splits.shape}",
+        )
+        self._samples: h5py.Group = samples
 
     def _handle(self) -> h5py.File:
         require(not self._closed, f"{self.path} must be open, it was closed")
@@ -160,31 +188,46 @@ class Shard:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def _dataset(self, index: int) -> tuple[h5py.Dataset, int]:
+    def _check_index(self, index: int) -> int:
         i = operator.index(index)
         require(0 <= i < len(self), f"{self.path}: sample index must be 0 to {len(self) - 1}, got {i}")
-        file = self._handle()
+        self._handle()
+        return i
+
+    def dataset(self, index: int) -> h5py.Dataset:
+        """The HDF5 dataset of sample `index`."""
+        i = self._check_index(index)
         with _naming(f"{self.path}: sample {i}"):
-            dataset = file["samples"][f"{i:08d}"]
+            dataset = self._samples[f"{i:08d}"]
             require(isinstance(dataset, h5py.Dataset), f"{self.path}: sample {i} must be a dataset")
-        return dataset, i
+        return dataset
 
     def info(self, index: int) -> SampleInfo:
         """What the shard says of sample `index`, without reading pixels; `InputError` if it cannot be read."""
-        return self._info(*self._dataset(index))
-
-    def _info(self, dataset: h5py.Dataset, i: int) -> SampleInfo:
+        dataset, i = self.dataset(index), operator.index(index)
         with _naming(f"{self.path}: sample {i}"):
-            said = dataset.attrs
+            said = dict(dataset.attrs)
+            original = None
+            if "to_original" in said:
+                original = Original(
+                    tuple(int(v) for v in said["original_shape"]),
+                    np.asarray(said["to_original"], np.float64),
+                    np.asarray(said["original_affine"], np.float64) if "original_affine" in said else None,
+                    _string(said.get("original_orientation", "")),
+                )
+            slope, intercept, lo, hi = self.scaling[i].tolist()
             info = SampleInfo(
                 shape=tuple(int(s) for s in dataset.shape),
                 dtype=dataset.dtype.name,
-                slope=float(said["slope"]),
-                intercept=float(said["intercept"]),
-                lo=float(said["lo"]),
-                hi=float(said["hi"]),
+                slope=slope,
+                intercept=intercept,
+                lo=lo,
+                hi=hi,
                 spacing=tuple(float(v) for v in np.atleast_1d(said["spacing"])),
                 source=_string(said["source"]),
+                group=_string(said["group"]),
+                split=SPLITS[self.splits[i]],
+                original=original,
                 sha256=_string(said["sha256"]),
             )
         expected = (self.channels, *(int(s) for s in self.sizes[i]))
@@ -193,22 +236,77 @@ class Shard:
             f"{self.path}: sample {i} ({info.source}) must be {expected} as the index says, of an integer type or "
             f"float32, got {info.shape} {info.dtype}",
         )
+        check_metadata(info, self.ndim)
         return info
 
     def source(self, index: int) -> str:
         """The source name of sample `index`."""
-        return self.info(index).source
+        dataset, i = self.dataset(index), operator.index(index)
+        with _naming(f"{self.path}: sample {i}"):
+            return _string(dataset.attrs["source"])
 
-    def read(self, index: int) -> Sample:
-        """Sample `index`; `InputError` names file, index and source if a checksum fails or it cannot be decoded."""
-        return self._read(*self._dataset(index))[0]
+    def read(self, index: int, region: Region | None = None) -> Sample:
+        """Sample `index`, or the part of it inside `region`, a slice with start and stop along each axis of S.
 
-    def _read(self, dataset: h5py.Dataset, i: int) -> tuple[Sample, SampleInfo]:
-        info = self._info(dataset, i)
-        with _naming(f"{self.path}: sample {i} ({info.source})"):
-            pixels = np.asarray(dataset[()])
-        pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-        return Sample(pixels, info.slope, info.intercept, info.lo, info.hi, info.spacing, info.source), info
+        Only the chunks that the region touches are read. `InputError` names file, index and source if a checksum
+        fails or it cannot be decoded.
+        """
+        info = self.info(index)
+        (pixels,) = self.pixels(index, [region])
+        original = info.original
+        if region is not None and original is not None:
+            shift = np.eye(self.ndim + 1)
+            shift[:-1, -1] = [r.start for r in region]
+            original = replace(original, to_original=original.to_original @ shift)
+        fields = ("slope", "intercept", "lo", "hi", "spacing", "source", "group", "split")
+        return Sample(pixels, *(getattr(info, name) for name in fields), original)
+
+    def pixels(self, index: int, regions: Sequence[Region | None] = (None,)) -> list[NDArray[Any]]:
+        """The stored pixels `(C, *S)` of sample `index` inside each region; None is all of it.
+
+        Several regions of one call decode a chunk they share once, up to 64 MiB of chunks. `InputError` as in `read`.
+        """
+        i = self._check_index(index)
+        whole = tuple(self.sizes[i].tolist())
+        try:
+            # h5py's own slicing takes as long again as HDF5 does.
+            dataset = h5py.h5d.open(self._samples.id, b"%08d" % i)
+            space, dtype = dataset.get_space(), dataset.dtype
+            if space.shape != (self.channels, *whole) or dtype.name not in DTYPES:
+                self.info(i)  # says what is wrong
+            out = []
+            for region in regions:
+                start, shape = _extent(region, whole)
+                space.select_hyperslab((0, *start), (self.channels, *shape))
+                part = np.empty((self.channels, *shape), dtype.newbyteorder("="))
+                dataset.read(h5py.h5s.create_simple(part.shape), space, part)
+                out.append(part)
+            return out
+        except _FAULTS as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{self._named(i)} cannot be read: {reason(error)}") from error
+
+    def _named(self, i: int) -> str:
+        """File, index and, if that can still be read, source."""
+        try:
+            return f"{self.path}: sample {i} ({self.source(i)})"
+        except InputError:
+            return f"{self.path}: sample {i}"
+
+
+def _extent(region: Region | None, whole: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First pixel and shape of a region."""
+    if region is None:
+        return (0,) * len(whole), whole
+    try:
+        ends = [(operator.index(r.start), operator.index(r.stop)) for r in region]
+        fits = len(ends) == len(whole) and all(0 <= a < b <= s for (a, b), s in zip(ends, whole, strict=True))
+    except (AttributeError, TypeError):
+        fits = False
+    if not fits:
+        raise InputError(f"region must be a slice within {whole} along each axis, with start and stop, got {region}")
+    return tuple(a for a, _ in ends), tuple(b - a for a, b in ends)
 
 
 def _release_all() -> None:
@@ -236,16 +334,35 @@ def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> li
     with shard:
         for i in range(len(shard)):
             try:
-                sample, info = shard._read(*shard._dataset(i))
+                info, sample = shard.info(i), shard.read(i)
                 check_sample(sample)
                 add_to_content(content, sample, info.sha256)
                 if pixel_digest(sample.pixels) != info.sha256:
                     problems.append(f"{shard.path}: sample {i} ({info.source}) does not match its sha256")
             except (InputError, ValueError) as error:
                 text = str(error)
-                problems.append(text if str(shard.path) in text else f"{shard.path}: sample {i}: {text}")
+                text = text if str(shard.path) in text else f"{shard.path}: sample {i}: {text}"
+                problems.append(text + _broken_chunks(shard, i))
             if progress is not None:
                 progress(i + 1, len(shard))
         if not problems and content.hexdigest() != shard.content_hash:
-            problems.append(f"{shard.path}: names, scaling or spacing do not match content_sha256")
+            problems.append(f"{shard.path}: what it says of its samples does not match content_sha256")
     return problems
+
+
+def _broken_chunks(shard: Shard, index: int) -> str:
+    """Where the chunks of a sample that cannot be read begin, as the end of a sentence; empty if it is not they."""
+    try:
+        chunks = shard.dataset(index).chunks[1:]
+    except (*_FAULTS, InputError):
+        return ""
+    broken = []
+    size = shard.sizes[index].tolist()
+    for start in itertools.product(*(range(0, s, c) for s, c in zip(size, chunks, strict=True))):
+        region = [slice(a, min(a + c, s)) for a, c, s in zip(start, chunks, size, strict=True)]
+        try:
+            shard.pixels(index, [region])
+        except InputError:
+            broken.append(str(start))
+    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+    return f" (chunks at {', '.join(broken[:3])}{more})" if broken else ""

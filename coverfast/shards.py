@@ -1,4 +1,4 @@
-"""HDF5 shards, format v1: images as they were stored, with their scaling, checked from end to end.
+"""HDF5 shards, format v2: images as they were stored, with their scaling, checked from end to end.
 
 `docs/shard-format.md` defines the layout. Every byte that matters lies under a checksum, a shard appears under
 its name only when it is complete and was read back, and a reader refuses what it cannot vouch for.
@@ -14,22 +14,38 @@ import math
 import os
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from coverfast import __version__
-from coverfast.checks import InputError, require
+from coverfast.checks import InputError, check_choice, require
 from coverfast.disk import full_disk, sync_folder
-from coverfast.samples import LONGEST_TEXT, Sample, SampleInfo, add_to_content, check_sample, encoded, pixel_digest
+from coverfast.samples import (
+    LONGEST_TEXT,
+    SPLITS,
+    Original,
+    Sample,
+    SampleInfo,
+    add_to_content,
+    check_metadata,
+    check_sample,
+    encoded,
+    pixel_digest,
+)
 from coverfast.shard_reader import FORMAT, VERSION, Progress, Shard, reason, verify
 
 __all__ = [
+    "COMPRESSIONS",
     "FORMAT",
+    "SPLITS",
     "VERSION",
+    "Original",
     "Progress",
     "Sample",
     "SampleInfo",
@@ -39,15 +55,20 @@ __all__ = [
     "verify",
 ]
 
+COMPRESSIONS = ("auto", "none", "gzip")
 # More than the HDF5 metadata of one sample, its links and the index can take.
 _SLACK = 1 << 20
+# By measurement, bench/results/data-*.json: large enough to spare HDF5 its time a chunk, small enough for a crop.
+_EDGE = {2: 256, 3: 32}
 
 
 class ShardWriter:
     """Write a shard: `with ShardWriter("a.h5", ndim=2, preprocessing={}) as writer: writer.add(sample)`.
 
     ndim: 2 or 3. channels: of every sample. None takes them from the first sample. preprocessing: a JSON-able dict
-    that downstream can repeat. progress: called with (done, total) while the finished file is checked.
+    that downstream can repeat. progress: called with (done, total) while the finished file is checked. compression:
+    "gzip" (level 1), "none", or "auto": none in 2D, where gzip would hold training up, gzip in 3D. draft: neither
+    read back nor synced to the disk, for a file that is only on its way into another shard.
 
     The file grows under a temporary name in the target folder (missing folders are made). Leaving the block
     flushes it to disk, reads all of it back and renames it; an exception removes it. `InputError`: an existing
@@ -64,9 +85,12 @@ class ShardWriter:
         preprocessing: dict[str, Any],
         overwrite: bool = False,
         progress: Progress | None = None,
+        compression: str = "auto",
+        draft: bool = False,
     ) -> None:
         require(ndim in (None, 2, 3), f"ndim must be 2 or 3, got {ndim!r}")
         require(channels is None or channels >= 1, f"channels must be at least 1, got {channels!r}")
+        check_choice("compression", compression, COMPRESSIONS)
         try:
             self._preprocessing = json.dumps(preprocessing, sort_keys=True, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
@@ -77,7 +101,7 @@ class ShardWriter:
         )
         self.path = Path(path)
         self.ndim, self.channels = ndim, channels
-        self._overwrite, self._progress = overwrite, progress
+        self._overwrite, self._progress, self._compression, self._draft = overwrite, progress, compression, draft
         self._file: h5py.File | None = None
         self._descriptor = -1
         self._check_target()
@@ -97,6 +121,8 @@ class ShardWriter:
         self._broken = False
         self._reserved = 0
         self._sizes: list[tuple[int, ...]] = []
+        self._scaling: list[tuple[float, ...]] = []
+        self._splits: list[int] = []
         self._content = hashlib.sha256()
         self._temporary = self.path.parent / f".{self.path.name[:64]}.{uuid.uuid4().hex[:12]}.part"
         try:
@@ -127,47 +153,88 @@ class ShardWriter:
             self._abort()
             raise
 
+    def __len__(self) -> int:
+        return len(self._sizes)
+
     def add(self, sample: Sample) -> None:
         """Append a sample; `InputError` names its source. After a sample is refused, others may follow."""
-        require(self._file is not None and not self._broken, f"{self.path} must be open for writing (use `with`)")
+        self._check_open()
         check_sample(sample)
-        channels, ndim = sample.pixels.shape[0], sample.pixels.ndim - 1
+        self._check_like_first(sample.pixels.shape, sample.source)
+        with self._writing():
+            stored = np.ascontiguousarray(sample.pixels, sample.pixels.dtype.newbyteorder("<"))
+            sha256 = pixel_digest(stored)
+            self._encode(stored, sample, sha256)
+            self._note(sample, stored.shape, sha256)
+
+    def copy(self, shard: Shard, index: int, *, split: str | None = None) -> None:
+        """Append a sample of another shard, its chunks as they are stored, under the same or another `split`.
+
+        Nothing is decoded here: a damaged chunk shows when the finished file is read back.
+        """
+        self._check_open()
+        info = shard.info(index)
+        info = info if split is None else info._replace(split=split)
+        check_metadata(info, shard.ndim)
+        self._check_like_first(info.shape, info.source)
+        dataset = shard.dataset(index)
+        if not (dataset.chunks and dataset.fletcher32 and dataset.dtype.str[0] in "<|"):
+            self.add(replace(shard.read(index), split=info.split))
+            return
+        with self._writing():
+            self._reserve(dataset.id.get_storage_size())
+            self._samples.copy(dataset, self._samples, f"{len(self):08d}")
+            self._note(info, info.shape, info.sha256)
+
+    def _check_open(self) -> None:
+        require(self._file is not None and not self._broken, f"{self.path} must be open for writing (use `with`)")
+
+    def _check_like_first(self, shape: tuple[int, ...], source: str) -> None:
+        channels, ndim = shape[0], len(shape) - 1
         like = f" like {self._first}" if self._first else ""
-        require(self.ndim in (None, ndim), f"{sample.source} must be {self.ndim}D{like}, got {ndim}D")
+        require(self.ndim in (None, ndim), f"{source} must be {self.ndim}D{like}, got {ndim}D")
         require(
-            self.channels in (None, channels),
-            f"{sample.source} must have {self.channels} channels{like}, got {channels}",
+            self.channels in (None, channels), f"{source} must have {self.channels} channels{like}, got {channels}"
         )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         self._broken = True
         with self._refusing():
-            self._write(sample)
+            yield
         self._broken = False
-        self.ndim, self.channels, self._first = ndim, channels, self._first or sample.source
 
-    def _write(self, sample: Sample) -> None:
-        stored = np.ascontiguousarray(sample.pixels, sample.pixels.dtype.newbyteorder("<"))
-        sha256 = pixel_digest(stored)
-        edge = 128 if stored.ndim == 3 else 32
-        chunks = (1, *(min(edge, size) for size in stored.shape[1:]))
+    def _note(self, said: Sample | SampleInfo, shape: tuple[int, ...], sha256: str) -> None:
+        add_to_content(self._content, said, sha256)
+        self._sizes.append(shape[1:])
+        self._scaling.append((said.slope, said.intercept, said.lo, said.hi))
+        self._splits.append(SPLITS.index(said.split))
+        self.ndim, self.channels, self._first = len(shape) - 1, shape[0], self._first or said.source
+
+    def _encode(self, stored: NDArray[Any], sample: Sample, sha256: str) -> None:
+        chunks = chunk_shape(stored.shape)
         count = stored.shape[0] * math.prod(-(-s // c) for s, c in zip(stored.shape[1:], chunks[1:], strict=True))
         # Deflate may add a few bytes to a chunk that does not compress; the index takes some more.
         self._reserve(count * (math.prod(chunks) * stored.itemsize * 1001 // 1000 + 256))
+        packed = self._compression == "gzip" or (self._compression == "auto" and stored.ndim == 4)
+        squeeze = {"compression": "gzip", "compression_opts": 1, "shuffle": stored.itemsize > 1} if packed else {}
+        # All attributes in the object header: eight is where HDF5 would move them to a heap.
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_attr_phase_change(16, 12)
         dataset = self._samples.create_dataset(
-            f"{len(self._sizes):08d}",
-            data=stored,
-            chunks=chunks,
-            compression="gzip",
-            compression_opts=1,
-            shuffle=stored.itemsize > 1,
-            fletcher32=True,
+            f"{len(self):08d}", data=stored, chunks=chunks, fletcher32=True, dcpl=properties, **squeeze
         )
-        for key in ("slope", "intercept", "lo", "hi"):
-            dataset.attrs.create(key, getattr(sample, key), dtype="<f8")
         dataset.attrs.create("spacing", sample.spacing, dtype="<f8")
-        self._put_text(dataset, "source", encoded(sample.source))
+        for key in ("source", "group"):
+            self._put_text(dataset, key, encoded(getattr(sample, key)))
         self._put_text(dataset, "sha256", sha256.encode())
-        add_to_content(self._content, sample, sha256)
-        self._sizes.append(stored.shape[1:])
+        if (original := sample.original) is not None:
+            dataset.attrs.create("to_original", original.to_original, dtype="<f8")
+            dataset.attrs.create("original_shape", original.shape, dtype="<i8")
+            if original.affine is not None:
+                dataset.attrs.create("original_affine", original.affine, dtype="<f8")
+                dataset.attrs.create("original_spacing", original.spacing, dtype="<f8")
+                self._put_text(dataset, "original_orientation", original.orientation.encode())
 
     @staticmethod
     def _put_text(node: h5py.HLObject, key: str, text: bytes) -> None:
@@ -186,13 +253,18 @@ class ShardWriter:
         assert self._file is not None
         require(not self._broken, f"{self.path} cannot be finished: a sample was written in part")
         require(len(self._sizes) > 0, f"{self.path} must have at least 1 sample, got 0")
-        sizes = np.asarray(self._sizes, "<i8")
-        self._reserve(2 * sizes.nbytes)
-        rows = (min(len(sizes), 65536), sizes.shape[1])
-        self._file.create_dataset(
-            "sizes", data=sizes, chunks=rows, compression="gzip", compression_opts=1, shuffle=True, fletcher32=True
-        )
-        attributes = {"version": VERSION, "ndim": self.ndim, "channels": self.channels, "count": len(sizes)}
+        tables = {
+            "sizes": np.asarray(self._sizes, "<i8"),
+            "scaling": np.asarray(self._scaling, "<f8"),
+            "splits": np.asarray(self._splits, "u1"),
+        }
+        self._reserve(2 * sum(table.nbytes for table in tables.values()))
+        for name, table in tables.items():
+            rows = (min(len(self), 65536), *table.shape[1:])
+            self._file.create_dataset(
+                name, data=table, chunks=rows, compression="gzip", compression_opts=1, shuffle=True, fletcher32=True
+            )
+        attributes = {"version": VERSION, "ndim": self.ndim, "channels": self.channels, "count": len(self)}
         for key, value in attributes.items():
             self._file.attrs.create(key, value, dtype="<i8")
         texts = {
@@ -206,14 +278,17 @@ class ShardWriter:
         self._file.flush()
         os.ftruncate(self._descriptor, self._file.id.get_filesize())
         self._file.close()
-        os.fsync(self._descriptor)
+        if not self._draft:
+            os.fsync(self._descriptor)
         os.close(self._descriptor)
         self._file, self._descriptor = None, -1
-        problems = verify(self._temporary, self._progress)
+        problems = [] if self._draft else verify(self._temporary, self._progress)
         if problems:
             raise InputError(f"{self.path} does not read back as it was written: {problems[0]}")
         self._check_target()
         self._temporary.replace(self.path)
+        if self._draft:
+            return
         with contextlib.suppress(OSError):  # some systems cannot sync a folder; the shard is complete all the same
             sync_folder(self.path.parent)
 
@@ -238,6 +313,12 @@ class ShardWriter:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
                 raise full_disk(self.path) from error
             raise InputError(f"{self.path} cannot be written: {reason(error)}") from error
+
+
+def chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Chunks of an image `(C, *S)`: one channel, as even along each axis as sides of at most `_EDGE` allow."""
+    edge = _EDGE[len(shape) - 1]
+    return (1, *(-(-s // -(-s // edge)) for s in shape[1:]))
 
 
 def _allocate(descriptor: int, start: int, count: int) -> None:

@@ -108,20 +108,28 @@ def _nan(file):
         made.attrs[key] = value
 
 
-def _resize(file):
-    file["sizes"][2] = (20, 31)
+def _table(name, where, value):
+    def change(file):
+        file[name][where] = value
+
+    return change
+
+
+_resize = _table("sizes", 2, (20, 31))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_set("/", "version", 2), "must be of shard format version 1, got version 2"),
+        (_set("/", "version", 3), "must be of shard format version 2, got version 3"),
         (_set("/", "format", "other"), "without the attribute format"),
         (_set("/", "count", 6), "must have 6 samples of 2 axes, got 5"),
         (_set("/", "preprocessing", "{"), "cannot be read"),
         (_drop("samples/00000004"), "must have 5 samples of 2 axes, got 4"),
         (_drop("samples"), "cannot be read"),
         (_drop("sizes"), "cannot be read"),
+        (_table("scaling", (1, 3), np.nan), "5 rows of 4 finite numbers as scaling"),
+        (_table("splits", 1, 3), "5 splits below 3"),
     ],
 )
 def test_an_inconsistent_root_is_refused_on_opening(shard_file, change, words):
@@ -137,7 +145,7 @@ def test_an_inconsistent_root_is_refused_on_opening(shard_file, change, words):
         (_set("/", "channels", 2), r"sample 0 \(in/0.png\) must be \(2, 20, 30\) as the index says"),
         (_rename, "sample 2 cannot be read"),
         (_resize, r"sample 2 \(in/2.png\) must be \(1, 20, 31\)"),
-        (_set("samples/00000003", "slope", "steep"), "sample 3 cannot be read"),
+        (_set("samples/00000003", "spacing", "steep"), "sample 3 cannot be read"),
     ],
 )
 def test_an_inconsistent_sample_is_refused_on_reading(shard_file, change, words):
@@ -153,11 +161,12 @@ def test_an_inconsistent_sample_is_refused_on_reading(shard_file, change, words)
         (_pixel, r"sample 3 \(in/3.png\) does not match its sha256"),
         (_set("samples/00000003", "sha256", "0" * 64), r"sample 3 \(in/3.png\) does not match its sha256"),
         (_set("samples/00000003", "sha256", "none"), "sample 3"),
-        (_set("samples/00000001", "slope", 1.25), "content_sha256"),
+        (_table("scaling", (1, 0), 1.25), "content_sha256"),
+        (_table("splits", 1, 2), "content_sha256"),
         (_set("samples/00000001", "source", "in/9.png"), "content_sha256"),
         (_set("samples/00000001", "spacing", (1.0, 1.0)), "content_sha256"),
         (_set("samples/00000001", "spacing", (1.0, -1.0)), "sample 1.*spacing must be 2 positive"),
-        (_set("samples/00000001", "hi", np.nan), "sample 1.*must be finite"),
+        (_set("samples/00000001", "group", "other"), "content_sha256"),
         (_set("/", "content_sha256", "0" * 64), "content_sha256"),
         (_nan, "sample 1.*pixels must be finite"),
         (_swap, "content_sha256"),
@@ -192,7 +201,7 @@ def test_a_failing_checksum_names_file_index_and_source(shard_file):
             shard.read(2)
         assert shard.read(3).source == "in/3.png"
         assert shard.source(2) == "in/2.png"
-    assert len(verify(shard_file)) == 1
+    assert re.search(r"sample 2 \(in/2.png\).* \(chunks at \(0, 0\)\)$", verify(shard_file)[0])
 
 
 @pytest.mark.parametrize("index", [-1, 5])

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from coverfast.checks import InputError
 from coverfast.samples import DTYPES
-from coverfast.shards import Sample, Shard, ShardWriter, verify
+from coverfast.shards import Original, Sample, Shard, ShardWriter, chunk_shape, verify
 
 
 def image(source="a.png", shape=(1, 20, 30), dtype="uint8", seed=0, **changes):
@@ -98,19 +98,23 @@ def test_hash_definition_of_the_format_page(tmp_path):
     import hashlib
     import struct
 
-    sample = image("ä.nii", (2, 3, 4, 5), "int16", spacing=(1.5, 2.0, 3.0), slope=0.5, intercept=-1.0)
+    matrix, affine = np.arange(16.0).reshape(4, 4), np.diag([1.0, 2.0, 3.0, 1.0])
+    original = Original((5, 4, 3), matrix, affine, "LPS")
+    said = {"spacing": (1.5, 2.0, 3.0), "slope": 0.5, "intercept": -1.0, "group": "g", "split": "val"}
+    sample = image("ä.nii", (2, 3, 4, 5), "int16", **said, original=original)
     shard = Shard(write(tmp_path / "x.h5", [sample]))
     one = hashlib.sha256(b"i2 2x3x4x5\n" + sample.pixels.astype("<i2").tobytes())
     assert shard.info(0).sha256 == one.hexdigest()
-    name = "ä.nii".encode()
-    numbers = struct.pack("<7d", 0.5, -1.0, 0.0, 255.0, 1.5, 2.0, 3.0)
-    whole = hashlib.sha256(one.digest() + struct.pack("<Q", len(name)) + name + numbers)
+    parts = [one.digest(), "ä.nii".encode(), b"g", b"val", b"LPS"]
+    parts += [struct.pack("<4d", 0.5, -1.0, 0.0, 255.0), struct.pack("<3d", 1.5, 2.0, 3.0)]
+    parts += [matrix.tobytes(), struct.pack("<3d", 5, 4, 3), affine.tobytes()]
+    whole = hashlib.sha256(b"".join(struct.pack("<Q", len(part)) + part for part in parts))
     assert shard.content_hash == whole.hexdigest()
 
 
 def test_every_dataset_is_checksummed_and_nothing_has_variable_length(shard_file):
     with h5py.File(shard_file) as file:
-        datasets = [file["sizes"], *file["samples"].values()]
+        datasets = [*(file[name] for name in ("sizes", "scaling", "splits")), *file["samples"].values()]
         assert all(d.fletcher32 and d.chunks for d in datasets)
         for plist in (d.id.get_create_plist() for d in datasets):
             assert plist.get_filter(plist.get_nfilters() - 1)[0] == h5py.h5z.FILTER_FLETCHER32
@@ -364,11 +368,65 @@ def test_pickle_refuses_another_content(shard_file):
         shard.read(0)
 
 
+@given(st.data(), shapes)
+def test_regions_and_copies(tmp_path_factory, data, shape):
+    pixels = data.draw(hnp.arrays(np.dtype("int16"), shape))
+    matrix = np.diag([2.0] * (len(shape) - 1) + [1.0])
+    original = Original(shape[1:], matrix)
+    said = {"spacing": (1.0,) * (len(shape) - 1), "group": "p", "original": original}
+    folder = tmp_path_factory.mktemp("regions")
+    first = write(folder / "a.h5", [image("a", (shape[0], *shape[1:])), image("b", pixels=pixels, **said)])
+    ends = [sorted(data.draw(st.sets(st.integers(0, s), min_size=2, max_size=2))) for s in shape[1:]]
+    region = [slice(np.int64(a), b) for a, b in ends]
+    with Shard(first) as shard:
+        part = shard.read(1, region)
+        np.testing.assert_array_equal(part.pixels, pixels[:, *region])
+        assert part.original.to_original[:-1, -1].tolist() == [2 * a for a, _ in ends]
+        for got, where in zip(shard.pixels(1, [region, None]), (region, [slice(None)] * len(region)), strict=True):
+            np.testing.assert_array_equal(got, pixels[:, *where])
+        with pytest.raises(InputError, match="region must be a slice within"):
+            shard.read(1, [slice(0, s + 1) for s in shape[1:]])
+        with ShardWriter(folder / "b.h5", preprocessing={}) as writer:
+            writer.copy(shard, 1, split="val")
+        assert shard.splits.tolist() == [0, 0]
+    with Shard(folder / "b.h5") as shard:
+        info = shard.info(0)
+        assert (info.split, info.group, info.source, info.original.shape) == ("val", "p", "b", shape[1:])
+        np.testing.assert_array_equal(shard.read(0).pixels, pixels)
+    assert verify(folder / "b.h5") == []
+
+
+def test_a_copy_is_stored_as_an_image_added(tmp_path, shard_file):
+    volumes = [image(f"{i}", (1, 40, 50, 60), "int16", seed=i) for i in range(2)]
+    whole = write(tmp_path / "whole.h5", volumes)
+    with Shard(whole) as shard, ShardWriter(tmp_path / "copy.h5", preprocessing={"preset": "raw"}) as writer:
+        writer.copy(shard, 0)
+        writer.copy(shard, 1)
+    assert (tmp_path / "copy.h5").stat().st_size <= whole.stat().st_size
+    with Shard(tmp_path / "copy.h5") as shard:
+        dataset = shard.dataset(1)
+        assert (dataset.compression, dataset.shuffle, dataset.fletcher32) == ("gzip", True, True)
+    assert Shard(tmp_path / "copy.h5").content_hash == Shard(whole).content_hash
+    with Shard(whole) as shard, ShardWriter(tmp_path / "flat.h5", preprocessing={}) as writer:
+        writer.add(image())
+        with pytest.raises(InputError, match="0 must be 2D like a.png, got 3D"):
+            writer.copy(shard, 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((1, 512, 512), (1, 256, 256)), ((3, 257, 1), (1, 129, 1)), ((1, 160, 155, 128), (1, 32, 31, 32))],
+)
+def test_chunks_are_even(shape, expected):
+    assert chunk_shape(shape) == expected
+
+
 def test_readers_accept_other_layouts(tmp_path, shard_file):
     with h5py.File(shard_file) as old, h5py.File(tmp_path / "other.h5", "w") as new:
         for key, value in old.attrs.items():
             new.attrs[key] = value.decode() if isinstance(value, bytes) else value
         new["sizes"] = old["sizes"][()].astype(">i4")
+        new["scaling"], new["splits"] = old["scaling"][()].astype(">f8"), old["splits"][()].astype("i2")
         ways = [{}, {"chunks": (1, 7, 9)}, {"compression": "lzf"}, {"compression": 9}, {"chunks": True}]
         for (name, dataset), way in zip(old["samples"].items(), ways, strict=True):
             copy = new.create_dataset(f"samples/{name}", data=dataset[()], **way)
