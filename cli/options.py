@@ -24,8 +24,10 @@ def _option(setting: Any) -> inspect.Parameter:
     extra: dict[str, Any] = {"help": setting.metadata["help"], "show_default": False}
     if kind is bool:
         names = [f"{names[0]}/--no-{setting.name.replace('_', '-')}"]
-    if kind is tuple:
-        annotation: Any = Annotated[Any, typer.Option(*names, parser=ints, metavar="INTS", **extra)]
+    if setting.default == ():
+        annotation: Any = Annotated[list[str] | None, typer.Option(*names, **extra)]
+    elif kind is tuple:
+        annotation = Annotated[Any, typer.Option(*names, parser=ints, metavar="INTS", **extra)]
     else:
         annotation = Annotated[kind | None, typer.Option(*names, **extra)]
     return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -39,7 +41,7 @@ def with_settings(settings: type) -> Callable[[Callable[..., None]], Callable[..
 
         def wrapped(**values: Any) -> None:
             flags = {n: values.pop(n) for n in names}
-            command(flags={n: v for n, v in flags.items() if v is not None}, **values)
+            command(flags={n: v for n, v in flags.items() if v is not None and v != []}, **values)
 
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
         own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]

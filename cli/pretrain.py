@@ -50,7 +50,7 @@ def run_pretraining(ready: Pretraining) -> None:
     told = len(ready.notes)
     print(
         f"{s.preset}: iterations {ready.first} to {s.iterations}, batch {s.batch}, crop {'x'.join(map(str, s.crop))}, "
-        f"{len(ready.shard)} sample(s) of {ready.shard.path}, on {ready.device}"
+        f"{len(ready.shards)} sample(s) of {_first_of(ready.shards.paths)}, on {ready.device}"
     )
     started = time.monotonic()
     try:
@@ -71,6 +71,10 @@ def run_pretraining(ready: Pretraining) -> None:
     ):
         if path.exists():
             print(f"  {path}  {what}")
+
+
+def _first_of(paths: list[Path]) -> str:
+    return str(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def config(preset: Annotated[str, typer.Argument(help=", ".join(PRESETS))]) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from coverfast.geometry import affine_dvf as affine_dvf
     from coverfast.geometry import inside_mask as inside_mask
     from coverfast.geometry import upsample_dvf as upsample_dvf
+    from coverfast.loader import crop_loader as crop_loader
     from coverfast.methods.cover import Cover as Cover
     from coverfast.ops.compose import compose as compose
     from coverfast.ops.losses import consistency_loss as consistency_loss
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from coverfast.ops.mov import mov as mov
     from coverfast.ops.warp import warp as warp
     from coverfast.pyramid import VectorPyramid as VectorPyramid
+    from coverfast.shard_set import ShardSet as ShardSet
     from coverfast.shards import Shard as Shard
+    from coverfast.view_draws import ViewRegions as ViewRegions
     from coverfast.view_settings import ViewSettings as ViewSettings
     from coverfast.views import make_views as make_views
 
@@ -34,6 +37,8 @@ __version__ = "0.1.0"
 _HOME = {
     "AffineDVF": "geometry",
     "Cover": "methods.cover",
+    "ShardSet": "shard_set",
+    "ViewRegions": "view_draws",
     "InputError": "checks",
     "Shard": "shards",
     "UNet": "backbones",
@@ -42,6 +47,7 @@ _HOME = {
     "affine_dvf": "geometry",
     "compose": "ops.compose",
     "consistency_loss": "ops.losses",
+    "crop_loader": "loader",
     "end_point_error": "ops.losses",
     "inside_mask": "geometry",
     "load_backbone": "backbones",

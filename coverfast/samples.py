@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from coverfast.checks import InputError, require
 
 SPLITS = ("train", "val", "test")
+#: What a reader does about a sample that cannot be read.
+ON_BAD_SAMPLE = ("stop", "skip")
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32")
 # Attributes of 64 KiB and more leave HDF5's checksummed object header.
 LONGEST_TEXT = 32768

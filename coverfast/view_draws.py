@@ -150,6 +150,43 @@ def blur_weights(sigma: Array, largest: float) -> Array:
     return weights / weights.sum(1, keepdims=True)
 
 
+@dataclass(frozen=True)
+class ViewRegions:
+    """Which part of each image `make_views` looks at, so that no more of it need be read.
+
+    crop: one size per axis. settings: ranges of the transforms.
+    """
+
+    crop: tuple[int, ...]
+    settings: ViewSettings
+
+    def __call__(
+        self, seed: int, iteration: int, samples: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """First pixel and one past the last, `(B, n, 2)`, of images of `(B, n)` sizes; see `make_views`."""
+        return regions_of(
+            draw(seed, iteration, samples, sizes, self.crop, self.settings), sizes, self.crop, self.settings
+        )
+
+
+def regions_of(
+    found: Draws, sizes: NDArray[np.int64], crop: Sequence[int], settings: ViewSettings
+) -> NDArray[np.int64]:
+    """`ViewRegions` of views that have been drawn."""
+    n = sizes.shape[1]
+    if settings.elastic * settings.strength > 0:  # its displacements have no bound
+        return np.stack([np.zeros_like(sizes), sizes], -1)
+    last = np.asarray(crop) - 1
+    corners = np.stack(np.meshgrid(*[[0, 1]] * n, indexing="ij")).reshape(n, -1) * last[:, None]
+    centre, start = ((sizes - 1) / 2)[..., None], found.origin[..., None]
+    seen = found.theta[:, :, :n] @ (corners + start - centre) + found.theta[:, :, n:] + centre
+    # A pixel to either side for the linear weights, and one for the rounding of the field to float32.
+    low = np.minimum(np.floor(seen.min(-1)).astype(np.int64) - 1, found.origin)
+    high = np.maximum(np.floor(seen.max(-1)).astype(np.int64) + 3, found.origin + last + 1)
+    low, high = np.clip(low, 0, sizes - 1), np.clip(high, 1, sizes)
+    return np.stack([low, np.maximum(high, low + 1)], -1).astype(np.int64)
+
+
 def expected_mask(sizes: NDArray[np.int64], crop: Sequence[int], settings: ViewSettings) -> float:
     """Mean share of view b that view a shows too, for images of `(N, n)` sizes: what a pretraining can learn from.
 

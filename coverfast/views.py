@@ -21,7 +21,7 @@ from coverfast.ops.dispatch import choose
 from coverfast.ops.losses import Mask
 from coverfast.ops.warp import resample
 from coverfast.philox import STREAM_ELASTIC, STREAM_FILL, STREAM_NOISE, normal, uniform
-from coverfast.view_draws import Draws, blur_weights, draw
+from coverfast.view_draws import Draws, blur_weights, draw, regions_of
 from coverfast.view_settings import ViewSettings
 
 
@@ -68,6 +68,7 @@ def make_views(
     iteration: int,
     samples: Tensor | None = None,
     sizes: Tensor | None = None,
+    corner: Tensor | None = None,
     settings: ViewSettings | None = None,
     pad: bool = False,
     impl: str = "auto",
@@ -82,6 +83,8 @@ def make_views(
         iteration: training iteration, the counter's first coordinate.
         samples: `(B,)` position of each image in the global batch, on the CPU; default `0 .. B-1`.
         sizes: `(B, n)` true size of each image, on the CPU; default the size of `images`.
+        corner: `(B, n)` first pixel of what `images` holds of each image, on the CPU; default 0. The part must be what
+            `ViewRegions` asks for; the views are those of the whole image.
         settings: ranges of the transforms.
         pad: allow crops larger than an image: it is placed at random inside a zero crop, and the mask is off where
             either end of a displacement lies in the padding.
@@ -92,7 +95,8 @@ def make_views(
     """
     n = check_map("images", images)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        return _make_views(images, n, crop, seed, iteration, samples, sizes, settings or ViewSettings(), pad, impl)
+        given = settings or ViewSettings()
+        return _make_views(images, n, crop, seed, iteration, samples, sizes, corner, given, pad, impl)
 
 
 def _make_views(
@@ -103,6 +107,7 @@ def _make_views(
     iteration: int,
     samples: Tensor | None,
     sizes: Tensor | None,
+    corner: Tensor | None,
     settings: ViewSettings,
     pad: bool,
     impl: str,
@@ -120,7 +125,8 @@ def _make_views(
         )
     if samples.dtype.is_floating_point or (batch and not 0 <= int(samples.min()) <= int(samples.max()) < 2**32):
         raise InputError("samples must be integers in [0, 2^32)")
-    if sizes.dtype.is_floating_point or bool((sizes < 1).any() or (sizes > torch.tensor(images.shape[2:])).any()):
+    held = torch.tensor(images.shape[2:])
+    if sizes.dtype.is_floating_point or bool((sizes < 1).any() or (corner is None and (sizes > held).any())):
         raise InputError(f"sizes must be integers from 1 to those of images, {shape_of(images)[2:]}")
     room = sizes - torch.tensor(crop)
     padded = bool((room < 0).any())
@@ -130,6 +136,9 @@ def _make_views(
     chosen = choose("views", impl, images)
     images = images.float()
     draws = draw(seed, iteration, samples.numpy(), sizes.numpy(), crop, settings)
+    first = (
+        np.zeros((batch, n), np.int64) if corner is None else _check_corner(corner, draws, sizes, held, crop, settings)
+    )
     weights = blur_weights(draws.blur, settings.blur)
     params = np.concatenate(
         [
@@ -142,17 +151,17 @@ def _make_views(
         dtype=np.float32,
     )
     # The field's numbers and the parameters, in one copy to the device.
-    ends = (sizes.numpy() - 1)[..., None] / 2, draws.origin[..., None]
+    ends = (sizes.numpy() - 1)[..., None] / 2 - first[..., None], (draws.origin - first)[..., None]
     numbers = np.concatenate([draws.theta, *ends], 2).astype(np.float32)
     sent = torch.from_numpy(np.concatenate([numbers.ravel(), params.ravel()])).to(device, non_blocking=True)
     affine = AffineDVF.of(sent[: numbers.size].view(numbers.shape), crop)
     target: AffineDVF | Tensor = affine
     into: AffineDVF | Tensor = affine  # where view b looks in the whole image
     shown: Mask = "inside"
-    origin = torch.from_numpy(draws.origin)
+    origin, cut = torch.from_numpy(draws.origin), torch.from_numpy(draws.origin - first)
     if settings.elastic * settings.strength > 0:
         target = affine.dense() + _elastic(seed, iteration, samples, sizes, origin, crop, settings).to(device)
-        into = target + _shift(origin, target)
+        into = target + _shift(cut, target)
     if padded:
         dvf = as_dvf(target)
         shift = _shift(origin, dvf)
@@ -167,9 +176,24 @@ def _make_views(
         field, form = (into, "dense") if isinstance(into, Tensor) else (affine.numbers, "crop")
         fill_pair(pair, images, affine.numbers, there, field, form, seed, iteration, **counts)
     else:
-        views.x_a.copy_(_appearance(_cut(images, origin, crop), seed, iteration, samples, draws, settings, weights))
+        views.x_a.copy_(_appearance(_cut(images, cut, crop), seed, iteration, samples, draws, settings, weights))
         views.x_b.copy_(resample(images, into, impl=chosen))
     return views
+
+
+def _check_corner(
+    corner: Tensor, draws: Draws, sizes: Tensor, held: Tensor, crop: Sequence[int], settings: ViewSettings
+) -> np.ndarray:
+    """`corner` as an array, once the images are known to hold what the views look at."""
+    if corner.shape != sizes.shape or corner.dtype.is_floating_point:
+        raise InputError(f"corner must be (B, n) integers like sizes, got {corner.dtype} of shape {shape_of(corner)}")
+    first, needed = corner.cpu().numpy().astype(np.int64), regions_of(draws, sizes.numpy(), crop, settings)
+    if (first < 0).any() or (first > needed[..., 0]).any() or (first + held.numpy() < needed[..., 1]).any():
+        raise InputError(
+            f"images must hold the pixels {needed.tolist()} of each image (see ViewRegions), got {held.tolist()} "
+            f"pixels from {first.tolist()} on"
+        )
+    return first
 
 
 def _shift(origin: Tensor, like: Tensor) -> Tensor:

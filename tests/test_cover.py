@@ -19,7 +19,14 @@ def method(ndim, crop, **options):
 
 def batch(*size, count=3, seed=4, iteration=7):
     images = torch.rand(count, 1, *size, generator=torch.Generator().manual_seed(0))
-    return Batch(images, torch.tensor([size] * count), torch.arange(count), seed, iteration)
+    return Batch(
+        images,
+        torch.tensor([size] * count),
+        torch.zeros(count, len(size), dtype=torch.long),
+        torch.arange(count),
+        seed,
+        iteration,
+    )
 
 
 CASES = [(2, (30, 34), 24), (3, (14, 16, 18), (12, 8, 16))]
@@ -138,7 +145,14 @@ def test_views_without_a_common_pixel_have_no_ratio():
 def test_an_evaluation_does_not_depend_on_the_split():
     cover, whole = method(2, 24), batch(40, 44, count=4)
     parts = [
-        Batch(whole.images[i : i + n], whole.sizes[i : i + n], whole.samples[i : i + n], whole.seed, whole.iteration)
+        Batch(
+            whole.images[i : i + n],
+            whole.sizes[i : i + n],
+            whole.corner[i : i + n],
+            whole.samples[i : i + n],
+            whole.seed,
+            whole.iteration,
+        )
         for i, n in ((0, 1), (1, 3))
     ]
     together, split = cover.evaluate([whole]), cover.evaluate(parts)

@@ -21,7 +21,6 @@ from coverfast.backbones import read_backbone
 from coverfast.phantom import phantom
 from coverfast.shards import Sample, Shard, ShardWriter
 from coverfast.training import pretrain as library
-from coverfast.training.data import batches, collate
 
 TINY = {
     "channels": (8, 8, 8, 16, 16),
@@ -141,14 +140,14 @@ def test_resume_refuses_what_may_not_change_and_names_it(shard: Path, tmp_path: 
             library.resume({"run": run, name: value})
     library.resume({"run": run, "lr": TINY["lr"], "checkpoint_every": 7, "workers": 1, "iterations": 2})
     other = make_shard(tmp_path / "other.h5", seed=5)
-    with pytest.raises(InputError, match="data must be the shard of the run"):
+    with pytest.raises(InputError, match="data must be that of the run"):
         library.resume({"run": run, "data": str(other)})
     copy = tmp_path / "moved.h5"
     copy.write_bytes(shard.read_bytes())
     assert library.resume({"run": run, "data": str(copy), "iterations": 2}).first == 2
     with pytest.raises(InputError, match="iterations must be more than 1, where the run stands"):
         library.resume({"run": run, "iterations": 1})
-    with pytest.raises(InputError, match=r"no file .*; give its new place with --data"):
+    with pytest.raises(InputError, match=r"give its new place with --data: .*gone.h5 must be a shard, found no such file"):
         library.resume({"run": run, "data": str(tmp_path / "gone.h5"), "iterations": 2})
     config = Path(run, "config.toml")
     config.write_text(config.read_text().replace("strength = 1.0", "strength = 0.1"))
@@ -256,33 +255,59 @@ def test_3d_run_end_to_end(tmp_path: Path) -> None:
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
-def test_stream_is_the_same_for_any_number_of_workers_and_any_start(shard: Path) -> None:
-    def read(first: int, workers: int) -> list[tuple[int, torch.Tensor]]:
-        source = batches(
-            Shard(shard), batch=4, seed=7, first=first, last=5, workers=workers, device=torch.device("cpu")
-        )
-        return [(b.iteration, b.images) for b in source]
-
-    alone, shared, late = read(1, 0), read(1, 2), read(4, 0)
-    for a, b in ((alone, shared), (alone[3:], late)):
-        assert all(i == j and torch.equal(x, y) for (i, x), (j, y) in zip(a, b, strict=True))
-
-
-def test_stream_is_endless_permutations(shard: Path) -> None:
-    from coverfast.training.data import ShuffledShard
-
-    data = ShuffledShard(Shard(shard), 3)
-    order = [data.index(i) for i in range(30)]
-    assert all(sorted(order[i : i + 3]) == [0, 1, 2] for i in range(0, 30, 3))
-    assert len({tuple(order[i : i + 3]) for i in range(0, 30, 3)}) > 1
+def with_splits(path: Path, splits: str, seed: int = 0) -> Path:
+    """A shard of one 48 px noise image a letter: t train, v val, x test."""
+    names = {"t": "train", "v": "val", "x": "test"}
+    rng = np.random.default_rng(seed)
+    with ShardWriter(path, ndim=2, preprocessing={}) as writer:
+        for i, letter in enumerate(splits):
+            pixels = rng.integers(0, 255, (1, 48, 48), np.uint8)
+            said = {"source": f"{path.stem}/{i}", "split": names[letter]}
+            writer.add(Sample(pixels, 1.0, 0.0, 0.0, 255.0, (1.0, 1.0), **said))
+    return path
 
 
-def test_collate_fills_with_zeros_and_keeps_sizes() -> None:
-    images, sizes, positions = collate([(torch.ones(1, 4, 6), 5), (torch.ones(1, 7, 3), 9)])
-    assert images.shape == (2, 1, 7, 6)
-    assert images.sum() == 4 * 6 + 7 * 3
-    assert sizes.tolist() == [[4, 6], [7, 3]]
-    assert positions.tolist() == [5, 9]
+def test_many_shards_give_their_train_split_and_are_validated_on_their_val_split(tmp_path: Path) -> None:
+    a, b = with_splits(tmp_path / "in" / "a.h5", "tvtx"), with_splits(tmp_path / "in" / "b.h5", "ttv", seed=1)
+    flags = {**TINY, "preset": "small-2d"}
+    for data in ([str(a), str(b)], str(tmp_path / "in"), str(tmp_path / "in" / "?.h5")):
+        ready = library.plan({**flags, "data": data})
+        assert (len(ready.shards), ready.val and len(ready.val)) == (4, 2)
+    assert len(library.plan({**flags, "data": str(a), "split": "all"}).shards) == 4
+    assert library.plan({**flags, "data": str(a), "split": "all"}).val is None
+    assert library.plan({**flags, "data": str(a), "val": str(b)}).val.source(0) == "b/2"
+    held = with_splits(tmp_path / "held.h5", "tt", seed=2)
+    assert len(library.plan({**flags, "data": str(a), "val": str(held)}).val) == 2
+    with pytest.raises(InputError, match="must hold samples of the split 'val'"):
+        library.plan({**flags, "data": str(held), "split": "val"})
+    result = cli("pretrain", "--data", str(a), "--data", str(b), "--preset", "small-2d", *FLAGS, "--iterations", "2",
+                 "--run", str(tmp_path / "run"), "--crops", "2", "--workers", "1")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "4 sample(s)" in result.stdout
+    run = library.Run(tmp_path / "run")
+    assert "val_epe" in lines(run)[-1]
+    assert tomllib.loads(run.config.read_text())["data"] == [str(a), str(b)]
+    again = library.resume({"run": str(run.folder), "iterations": 3})
+    assert len(again.shards) == 4
+    again.start()
+    a.unlink()
+    with pytest.raises(InputError, match=r"give its new place with --data: .*a.h5 must be a shard, found no such file"):
+        library.resume({"run": str(run.folder), "iterations": 4})
+
+
+def test_a_sample_that_breaks_stops_the_run_by_name_or_is_skipped(tmp_path: Path) -> None:
+    data = make_shard(tmp_path / "small.h5", count=4)
+    with Shard(data) as opened:
+        chunk = opened.dataset(2).id.get_chunk_info(0)
+    content = bytearray(data.read_bytes())
+    content[chunk.byte_offset + 5] ^= 1
+    data.write_bytes(content)
+    flags = ["pretrain", "--data", str(data), "--preset", "small-2d", *FLAGS, "--iterations", "3"]
+    refused(cli(*flags, "--run", str(tmp_path / "stopped")), "small.h5: sample 2 (subject-2) cannot be read")
+    skipped = cli(*flags, "--run", str(tmp_path / "run"), "--on-bad-sample", "skip")
+    assert skipped.returncode == 0, skipped.stderr
+    assert skipped.stdout.count("skipped: ") == 1
+    assert "small.h5: sample 2 (subject-2) cannot be read" in skipped.stdout
 
 
 def test_crop_larger_than_a_sample_is_named_or_padded(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from coverfast.checks import check_choice
+from coverfast.checks import check_choice, per_axis
 from coverfast.geometry import Size, upsample_dvf
 from coverfast.methods import Batch, Method
 from coverfast.ops.dispatch import IMPLEMENTATIONS
 from coverfast.ops.losses import consistency_loss, field_errors
 from coverfast.ops.warp import warp
 from coverfast.pyramid import VectorPyramid
+from coverfast.view_draws import ViewRegions
 from coverfast.view_settings import ViewSettings
 from coverfast.views import Views, make_views
 
@@ -53,7 +54,8 @@ class Cover(Method):
         super().__init__()
         check_choice("impl", impl, IMPLEMENTATIONS)
         self.backbone, self.pyramid = backbone, pyramid
-        self.crop, self.settings, self.pad, self.impl = crop, settings, pad, impl
+        self.crop, self.settings, self.pad, self.impl = crop, settings or ViewSettings(), pad, impl
+        self.regions = ViewRegions(per_axis("crop", crop, pyramid.ndim), self.settings)
 
     def match(self, batch: Batch) -> Matched:
         """Draw the views and predict the field between them."""
@@ -65,6 +67,7 @@ class Cover(Method):
                 iteration=batch.iteration,
                 samples=batch.samples,
                 sizes=batch.sizes,
+                corner=batch.corner,
                 settings=self.settings,
                 pad=self.pad,
                 impl=self.impl,

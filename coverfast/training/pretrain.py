@@ -12,13 +12,15 @@ import torch
 
 from coverfast.backbones import UNet, load_state, read_backbone
 from coverfast.backbones.files import backbone_bytes
-from coverfast.checks import InputError, per_axis, require
+from coverfast.checks import InputError, check_choice, per_axis, require
 from coverfast.disk import write_atomically
 from coverfast.geometry import level_size
+from coverfast.loader import ImageStream, load_batches, reading_processes
 from coverfast.methods.cover import Cover
 from coverfast.ops.dispatch import OPS, choose
 from coverfast.pyramid import VectorPyramid
-from coverfast.shards import Shard
+from coverfast.samples import SPLITS
+from coverfast.shard_set import ShardSet
 from coverfast.training.data import batches, check_fits, held_out
 from coverfast.training.loop import Record, Schedule, train
 from coverfast.training.runs import Run, check_new_folder, provenance
@@ -28,6 +30,7 @@ from coverfast.training.settings import (
     as_plain,
     changed_settings,
     check_resume,
+    check_values,
     preset_ndim,
     read_toml,
     resolve,
@@ -44,33 +47,30 @@ class Pretraining:
 
     settings: Settings
     run: Run | None
-    shard: Shard
-    val: Shard | None
+    shards: ShardSet
+    val: ShardSet | None
     method: Cover
     optimizer: torch.optim.Optimizer
     device: torch.device
     first: int
     notes: list[str]
     origin: dict[str, Any] = field(default_factory=dict)
+    bad: list[str] = field(default_factory=list)
+    on_note: Callable[[str], None] = print
 
     def start(self, on_step: Callable[[Record], None] = lambda record: None) -> Run:
         """Train to the end and write `backbone.safetensors` and, with matplotlib, `report.png`; return the run."""
         s = self.settings
         if self.run is None:
-            self.run = Run.create(s, data_sha256=self.shard.content_hash)
+            self.run = Run.create(s, data_sha256=self.shards.content_hash)
         else:
-            now = provenance(self.shard.content_hash)
+            now = provenance(self.shards.content_hash)
             self.run.write_config(s, {"provenance": self.origin, "resumed": now})
         self.run.cut_metrics(self.first - 1)
-        data = batches(
-            self.shard,
-            batch=s.batch,
-            seed=s.seed,
-            first=self.first,
-            last=s.iterations,
-            workers=s.workers,
-            device=self.device,
-        )
+        workers = reading_processes(self.device) if s.workers < 0 else s.workers
+        stream = self._stream(self.shards, s.seed)
+        loaded = load_batches(stream, first=self.first, last=s.iterations, workers=workers, device=self.device)
+        data = batches(loaded, s.seed, self._skipped)
         schedule = Schedule(s.iterations, s.clip, s.checkpoint_every, s.keep_checkpoints, s.val_every)
         try:
             train(
@@ -94,16 +94,32 @@ class Pretraining:
         self._draw()
         return self.run
 
-    def _held_out(self) -> Any:
+    def _stream(self, shards: ShardSet, seed: int) -> ImageStream:
         s = self.settings
-        key = s.seed ^ (_VALIDATION_KEY << 32)
-        return held_out(self.val or self.shard, batch=s.batch, limit=s.val_samples, seed=key, device=self.device)
+        return ImageStream(
+            shards,
+            batch=s.batch,
+            seed=seed,
+            regions=self.method.regions,
+            crops=s.crops,
+            on_bad_sample=s.on_bad_sample,
+        )
+
+    def _skipped(self, reason: str) -> None:
+        """Tell once of every sample that was replaced."""
+        if reason not in self.bad:
+            self.bad.append(reason)
+            self.on_note(f"skipped: {reason}")
+
+    def _held_out(self) -> Any:
+        stream = self._stream(self.val or self.shards, self.settings.seed ^ (_VALIDATION_KEY << 32))
+        return held_out(stream, limit=self.settings.val_samples, device=self.device)
 
     def _save_backbone(self) -> None:
         assert self.run is not None
         backbone = self.method.backbone
         assert isinstance(backbone, UNet)
-        data = backbone_bytes(backbone, config=as_plain(self.settings), preprocessing=self.shard.preprocessing)
+        data = backbone_bytes(backbone, config=as_plain(self.settings), preprocessing=self.shards.preprocessing)
         write_atomically(self.run.backbone, data)
 
     def _draw(self) -> None:
@@ -130,22 +146,22 @@ def plan(flags: Mapping[str, Any], config: str | Path | None = None) -> Pretrain
     from_file = read_toml(config)[0] if config else {}
     given = from_file | dict(flags)
     require(bool(given.get("data")), "data must name an HDF5 shard, got none; use --data F.h5")
+    places = _absolute(given)
     preset = given.get("preset")
     require(
         preset == from_file.get("preset", preset),
         f"preset must be {from_file.get('preset')!r}, for which the values of {config} are, got {preset!r}",
     )
     check_new_folder(str(given.get("run", "")))
-    shard = Shard(given["data"])
+    check_choice("split", given.get("split", "train"), (*SPLITS, "all"))
+    shards = ShardSet(places["data"], given.get("split", "train"))
     notes = []
     if not preset:
         size = "paper" if _device(str(given.get("device", "auto"))).type == "cuda" else "small"
-        preset = f"{size}-{shard.ndim}d"
-        notes.append(f"preset {preset}, for a {shard.ndim}D shard on a {'GPU' if size == 'paper' else 'CPU'}")
-    # Whole paths, so that the run can be resumed from another folder.
-    places = {name: str(Path(given[name]).absolute()) for name in ("data", "val", "init") if given.get(name)}
+        preset = f"{size}-{shards.ndim}d"
+        notes.append(f"preset {preset}, for a {shards.ndim}D shard on a {'GPU' if size == 'paper' else 'CPU'}")
     settings = resolve(preset, from_file, flags, places)
-    ready = _assemble(settings, shard, notes)
+    ready = _assemble(settings, shards, notes)
     _warn_of_little_overlap(ready)
     return ready
 
@@ -155,19 +171,17 @@ def resume(flags: Mapping[str, Any]) -> Pretraining:
     run, old, tables = Run.open(str(flags.get("run", "")))
     origin = tables["provenance"]
     settings = check_resume(old, flags)
-    places: dict[str, Any] = {n: str(Path(flags[n]).absolute()) for n in ("data", "val") if flags.get(n)}
-    settings = replace(settings, **places)
+    settings = replace(settings, **check_values({k: v for k, v in _absolute(flags).items() if k != "init"}))
+    try:
+        shards = ShardSet(settings.data, settings.split)
+    except InputError as error:
+        raise InputError(f"data must be that of the run; give its new place with --data: {error}") from None
     require(
-        Path(settings.data).exists(),
-        f"data must be the shard of the run, but there is no file {settings.data}; give its new place with --data",
+        shards.content_hash == origin.get("data_sha256"),
+        f"data must be that of the run (content {origin.get('data_sha256')}), but {', '.join(settings.data)} has "
+        f"content {shards.content_hash}",
     )
-    shard = Shard(settings.data)
-    require(
-        shard.content_hash == origin.get("data_sha256"),
-        f"data must be the shard of the run (content {origin.get('data_sha256')}), but {settings.data} has content "
-        f"{shard.content_hash}",
-    )
-    ready = _assemble(settings, shard, [], warm=False)
+    ready = _assemble(settings, shards, [], warm=False)
     ready.run, ready.origin = run, origin
     if state := run.load_checkpoint(ready.device):
         iteration = int(state["iteration"])
@@ -184,7 +198,7 @@ def resume(flags: Mapping[str, Any]) -> Pretraining:
     elif settings.init:
         _warm_start(ready)
     ready.notes.append(f"resuming {run.folder} after iteration {ready.first - 1}")
-    now = provenance(shard.content_hash)
+    now = provenance(shards.content_hash)
     for name in ("coverfast", "torch", "triton", "numpy", "python", "commit", "threads"):
         if now[name] != origin.get(name):
             ready.notes.append(f"{name} was {origin.get(name)} and is {now[name]}: equal bits are not assured")
@@ -193,7 +207,7 @@ def resume(flags: Mapping[str, Any]) -> Pretraining:
 
 def _warn_of_little_overlap(ready: Pretraining) -> None:
     """A crop far smaller than its image shows two views with little in common, and nothing is learned."""
-    ndim, sizes = ready.shard.ndim, ready.shard.sizes
+    ndim, sizes = ready.shards.ndim, ready.shards.sizes
     crop = _crop(ready.settings, ndim)
     some = sizes[np.linspace(0, len(sizes) - 1, 256).astype(int)].astype(np.int64)
     share = expected_mask(some, crop, ready.settings.views())
@@ -204,21 +218,40 @@ def _warn_of_little_overlap(ready: Pretraining) -> None:
         )
 
 
-def _assemble(settings: Settings, shard: Shard, notes: list[str], *, warm: bool = True) -> Pretraining:
+def _absolute(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole paths, so that a run can be resumed from another folder."""
+    places: dict[str, Any] = {}
+    for name in ("data", "val"):
+        if paths := given.get(name):
+            places[name] = [str(Path(p).absolute()) for p in ([paths] if isinstance(paths, str) else paths)]
+    if given.get("init"):
+        places["init"] = str(Path(given["init"]).absolute())
+    return places
+
+
+def _validation(settings: Settings, shards: ShardSet) -> ShardSet | None:
+    """Held-out samples: the val split of --val or else all of it; without --val the val split of the data."""
+    if settings.val:
+        whole = ShardSet(settings.val, "all")
+        return ShardSet(settings.val, "val") if whole.split_counts["val"] else whole
+    return ShardSet(settings.data, "val") if settings.split == "train" and shards.split_counts["val"] else None
+
+
+def _assemble(settings: Settings, shards: ShardSet, notes: list[str], *, warm: bool = True) -> Pretraining:
     s = settings
-    ndim = shard.ndim
+    ndim, first = shards.ndim, shards.paths[0]
     require(
         preset_ndim(s.preset) == ndim,
-        f"data must be a {preset_ndim(s.preset)}D shard for preset {s.preset}, but {shard.path} is {ndim}D",
+        f"data must be a {preset_ndim(s.preset)}D shard for preset {s.preset}, but {first} is {ndim}D",
     )
     crop = _crop(s, ndim)
     level_size(crop, len(s.groups))
-    check_fits(shard, crop, pad=s.pad)
-    val = Shard(s.val) if s.val else None
+    check_fits(shards, crop, pad=s.pad)
+    val = _validation(s, shards)
     if val is not None:
         require(
-            (val.ndim, val.channels) == (ndim, shard.channels),
-            f"val must be a {ndim}D shard of {shard.channels} channel(s) like {shard.path}, but {val.path} is "
+            (val.ndim, val.channels) == (ndim, shards.channels),
+            f"val must be a {ndim}D shard of {shards.channels} channel(s) like {first}, but {val.paths[0]} is "
             f"{val.ndim}D of {val.channels} channel(s)",
         )
         check_fits(val, crop, pad=s.pad)
@@ -228,12 +261,12 @@ def _assemble(settings: Settings, shard: Shard, notes: list[str], *, warm: bool 
     if s.threads:
         torch.set_num_threads(s.threads)
     torch.manual_seed(s.seed)
-    backbone = UNet(ndim, shard.channels, s.unet_channels())
+    backbone = UNet(ndim, shards.channels, s.unet_channels())
     window = s.window[0] if len(s.window) == 1 else s.window
     pyramid = VectorPyramid(ndim, backbone.feature_channels, s.groups, s.head_dim, window, impl=s.impl)
     method = Cover(backbone, pyramid, crop=crop, settings=s.views(), pad=s.pad, impl=s.impl).to(device)
     optimizer = torch.optim.Adam(method.parameters(), lr=s.lr)
-    ready = Pretraining(s, None, shard, val, method, optimizer, device, 1, notes)
+    ready = Pretraining(s, None, shards, val, method, optimizer, device, 1, notes)
     if s.init and warm:
         _warm_start(ready)
     return ready

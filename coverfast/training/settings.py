@@ -14,9 +14,11 @@ from typing import Any
 from coverfast.checks import InputError, check_choice, require
 from coverfast.disk import explained
 from coverfast.ops.dispatch import IMPLEMENTATIONS
+from coverfast.samples import ON_BAD_SAMPLE, SPLITS
 from coverfast.view_settings import ViewSettings
 
 Ints = tuple[int, ...]
+Strs = tuple[str, ...]
 
 
 def _setting(default: Any, text: str, **traits: Any) -> Any:
@@ -29,8 +31,9 @@ class Settings:
     """Settings of `coverfast pretrain`; the defaults are those of the paper in 2D. Help is in the fields' metadata."""
 
     preset: str = _setting("paper-2d", "paper-2d, paper-3d, small-2d or small-3d; default: from shard and device")
-    data: str = _setting("", "HDF5 shard to learn from", free=True)
-    val: str = _setting("", "held-out shard whose end-point error is measured on fixed views", free=True)
+    data: Strs = _setting((), "shard, folder or glob of shards to learn from; may be repeated", free=True)
+    split: str = _setting("train", f"samples to learn from: {', '.join(SPLITS)} or all")
+    val: Strs = _setting((), "held-out shards, their val split or else all; default: the val split of data", free=True)
     run: str = _setting("", "run folder; default runs/<date>-<time>-<preset>", free=True)
     init: str = _setting("", "backbone.safetensors to start from")
     iterations: int = _setting(200_000, "iterations in total", least=1, free=True)
@@ -60,7 +63,11 @@ class Settings:
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1 ...", free=True)
     threads: int = _setting(0, "CPU threads of torch; 0 leaves the choice to torch", least=0, most=1024)
     impl: str = _setting("auto", f"implementation of the ops: {', '.join(IMPLEMENTATIONS)}")
-    workers: int = _setting(0, "processes that read the shard", least=0, free=True)
+    crops: int = _setting(1, "views of a sample at each visit, from one reading", least=1)
+    workers: int = _setting(
+        -1, "reading processes; -1: the cores but one, at most 8, on a GPU, and 0 on a CPU", least=-1, free=True
+    )
+    on_bad_sample: str = _setting("stop", "a sample that cannot be read: stop, or skip to the next one", free=True)
     checkpoint_every: int = _setting(1000, "iterations between checkpoints", least=1, free=True)
     keep_checkpoints: int = _setting(3, "newest checkpoints kept", least=1, free=True)
     val_every: int = _setting(1000, "iterations between validations", least=1, free=True)
@@ -123,6 +130,8 @@ def resolve(preset: str, *layers: Mapping[str, Any]) -> Settings:
     settings.views()
     settings.unet_channels()
     check_choice("impl", settings.impl, IMPLEMENTATIONS)
+    check_choice("split", settings.split, (*SPLITS, "all"))
+    check_choice("on_bad_sample", settings.on_bad_sample, ON_BAD_SAMPLE)
     return settings
 
 
@@ -140,6 +149,12 @@ def check_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_value(setting: Field[Any], value: Any) -> Any:
     name, kind = setting.name, type(setting.default)
+    if setting.default == ():
+        value = tuple(v for v in ((value,) if isinstance(value, str) else value) if v != "")
+        require(
+            all(isinstance(v, str) and v.isprintable() for v in value), f"{name} must be printable text, got {value!r}"
+        )
+        return value
     if kind is tuple and isinstance(value, (int, list, tuple)) and not isinstance(value, bool):
         value = (value,) if isinstance(value, int) else tuple(value)
         numbers, fits = value, bool(value) and all(type(v) is int for v in value)
@@ -175,7 +190,7 @@ def to_toml(
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, tuple):
-        return _toml_value(value[0]) if len(value) == 1 else f"[{', '.join(map(str, value))}]"
+        return _toml_value(value[0]) if len(value) == 1 else f"[{', '.join(map(_toml_value, value))}]"
     # JSON's strings, numbers and truth values are TOML's, but for escapes beyond 16 bits and a bare DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 

@@ -171,7 +171,14 @@ def method(ndim: int, crop, device: str, impl: str, **options: object) -> Cover:
 
 def batch(*size: int, count: int, device: str) -> Batch:
     images = torch.rand(count, 1, *size, generator=torch.Generator().manual_seed(0))
-    return Batch(images.to(device), torch.tensor([size] * count), torch.arange(count), 4, 7)
+    return Batch(
+        images.to(device),
+        torch.tensor([size] * count),
+        torch.zeros(count, len(size), dtype=torch.long),
+        torch.arange(count),
+        4,
+        7,
+    )
 
 
 CALM = ViewSettings(strength=0.3)

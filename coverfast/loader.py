@@ -1,0 +1,311 @@
+"""From shards to the training device: which samples an iteration sees, which part of them, and how they get there.
+
+Everything is a function of (seed, iteration): the same batches for any number of reading processes, for any split over
+ranks, and from any iteration on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from coverfast.checks import InputError, check_choice, per_axis, require
+from coverfast.geometry import Size
+from coverfast.philox import STREAM_CROP, permutation, scalar_uniform
+from coverfast.samples import ON_BAD_SAMPLE
+from coverfast.shard_set import PathLike, ShardSet
+
+Ends = NDArray[np.int64]
+
+
+class Regions(Protocol):
+    """Which part of each image an iteration needs."""
+
+    def __call__(self, seed: int, iteration: int, samples: NDArray[np.int64], sizes: Ends) -> Ends:
+        """First pixel and one past the last, `(B, n, 2)`, inside images of `(B, n)` sizes."""
+
+
+@dataclass(frozen=True)
+class RandomCrops:
+    """Crops at random places; all of an axis that is shorter than the crop."""
+
+    crop: tuple[int, ...]
+
+    def __call__(self, seed: int, iteration: int, samples: NDArray[np.int64], sizes: Ends) -> Ends:
+        """See `Regions`."""
+        u = scalar_uniform(seed, STREAM_CROP, iteration, samples, len(self.crop))
+        shape = np.minimum(self.crop, sizes)
+        start = np.floor(u * (sizes - shape + 1)).astype(np.int64)
+        return np.stack([start, start + shape], axis=-1)
+
+
+class Images(NamedTuple):
+    """Parts of the images of one iteration.
+
+    images: `(B, C, *S)` stored values on the host, float32 in [0, 1] once `to_device` has scaled them; zero beyond
+    `extents`. On the CPU: extents: `(B, n)` shape of each part. corner: `(B, n)` its first pixel in the whole image.
+    sizes: `(B, n)` of the whole images. scaling: `(B, 4)` float64 slope, intercept, lo, hi. samples: `(B,)` position of
+    each in the global batch. index: `(B,)` place of each sample in the set. bad: why samples were replaced, a sentence
+    each.
+    """
+
+    images: Tensor
+    extents: Tensor
+    corner: Tensor
+    sizes: Tensor
+    scaling: Tensor
+    samples: Tensor
+    index: Tensor
+    iteration: int
+    bad: list[str]
+
+
+class ImageStream(Dataset[Images | InputError]):
+    """The batches of an endless stream of seeded permutations; item `i` (from 1) is what iteration `i` sees.
+
+    data: the samples. batch: images an iteration over all ranks. regions: which part of each is read. crops: how
+    often in a row a sample is visited, its chunks then being read once. rank, world: this process and how many there
+    are; each sees its own `batch / world` of every batch. on_bad_sample: "skip" replaces a sample that cannot be read
+    by the next in the set that can, and says so in `Images.bad`.
+    """
+
+    def __init__(
+        self,
+        data: ShardSet,
+        *,
+        batch: int,
+        seed: int,
+        regions: Regions,
+        crops: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        on_bad_sample: str = "stop",
+    ) -> None:
+        require(batch >= 1 and crops >= 1, f"batch and crops must be at least 1, got {batch} and {crops}")
+        require(
+            0 <= rank < world and batch % world == 0,
+            f"batch must be divisible by the number of processes, got {batch} and {world}",
+        )
+        check_choice("on_bad_sample", on_bad_sample, ON_BAD_SAMPLE)
+        self.data, self.batch, self.seed, self.regions, self.crops = data, batch, seed, regions, crops
+        self.rank, self.world, self.on_bad_sample = rank, world, on_bad_sample
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def index(self, position: int) -> int:
+        """Which sample stands at a position of the stream."""
+        epoch, place = divmod(position // self.crops, len(self.data))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self.data))
+        return int(self._order[place])
+
+    def __getitem__(self, iteration: int) -> Images | InputError:
+        # A worker process would wrap an exception in a traceback of its own.
+        try:
+            return self.load(iteration)
+        except InputError as error:
+            return error
+
+    def load(self, iteration: int) -> Images:
+        """The batch of an iteration, on the host."""
+        share = self.batch // self.world
+        samples = np.arange(self.rank * share, (self.rank + 1) * share)
+        chosen = [self.index((iteration - 1) * self.batch + int(s)) for s in samples]
+        return self.gather(iteration, samples, np.array(chosen))
+
+    def gather(self, iteration: int, samples: NDArray[np.int64], chosen: NDArray[np.int64]) -> Images:
+        """Read the parts of the chosen samples that the positions `samples` of an iteration's batch need."""
+        parts: list[NDArray[Any] | None] = [None] * len(samples)
+        bad: list[str] = []
+        chosen = chosen.copy()
+        for index in dict.fromkeys(chosen.tolist()):
+            slots = np.flatnonzero(chosen == index)
+            for attempt in range(len(self.data)):
+                here = (index + attempt) % len(self.data)
+                sizes = np.repeat(self.data.sizes[here : here + 1], len(slots), axis=0)
+                ends = self.regions(self.seed, iteration, samples[slots], sizes)
+                try:
+                    read = self.data.pixels(here, [[slice(a, b) for a, b in box] for box in ends.tolist()])
+                except InputError as error:
+                    if self.on_bad_sample == "stop":
+                        raise
+                    bad.append(str(error))
+                    continue
+                chosen[slots] = here
+                for slot, part in zip(slots, read, strict=True):
+                    parts[slot] = part
+                break
+            else:
+                raise InputError(f"at least 1 sample must be readable, got none of {len(self.data)}: {bad[-1]}")
+        sizes = self.data.sizes[chosen]
+        ends = self.regions(self.seed, iteration, samples, sizes)
+        images, scaling = _stack([p for p in parts if p is not None], self.data.scaling[chosen])
+        host = [torch.from_numpy(a) for a in (ends[..., 1] - ends[..., 0], ends[..., 0], sizes, scaling)]
+        return Images(
+            torch.from_numpy(images), *(t.clone() for t in host), torch.from_numpy(samples), torch.from_numpy(chosen),
+            iteration, bad,
+        )  # fmt: skip
+
+
+def _stack(parts: list[NDArray[Any]], scaling: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Parts of one type zero-filled at the high end to a common size; of several types, each brought to [0, 1]."""
+    if len({part.dtype for part in parts}) > 1:
+        rows = scaling[:, None]
+        parts = [to_unit_range(torch.from_numpy(p)[None], r)[0].numpy() for p, r in zip(parts, rows, strict=True)]
+        scaling = np.tile([1.0, 0.0, 0.0, 1.0], (len(parts), 1))
+    shape = np.max([part.shape for part in parts], axis=0)
+    if all(part.shape == tuple(shape) for part in parts):
+        return np.stack(parts), scaling
+    out = np.zeros((len(parts), *shape), parts[0].dtype)
+    for slot, part in zip(out, parts, strict=True):
+        slot[tuple(map(slice, part.shape))] = part
+    return out, scaling
+
+
+def to_unit_range(stored: Tensor, scaling: Tensor | NDArray[np.float64]) -> Tensor:
+    """`(stored * slope + intercept - lo) / (hi - lo)` in [0, 1], in float64, then rounded to float32.
+
+    stored: `(B, C, *S)`. scaling: `(B, 4)`, slope, intercept, lo, hi. Images with hi <= lo are all 0.
+    """
+    slope, intercept, lo, hi = np.asarray(scaling, np.float64).T
+    flat = hi <= lo
+    factors = np.stack([np.where(flat, 0.0, slope), np.where(flat, 0.0, intercept - lo), np.where(flat, 1.0, hi - lo)])
+    on_device = torch.from_numpy(factors).to(stored.device, non_blocking=True)
+    slope_, shift, span = on_device.reshape(3, -1, *[1] * (stored.ndim - 1)).unbind()
+    return stored.double().mul_(slope_).add_(shift).div_(span).clamp_(0, 1).float()
+
+
+def to_device(batch: Images, device: torch.device) -> Images:
+    """The images as they are stored to the device, there to [0, 1]."""
+    images = to_unit_range(batch.images.to(device, non_blocking=True), batch.scaling)
+    for axis, size in enumerate(images.shape[2:]):
+        if bool((batch.extents[:, axis] < size).any()):
+            inside = torch.arange(size) < batch.extents[:, axis, None]
+            shape = [len(images), 1, *(size if i == axis else 1 for i in range(images.ndim - 2))]
+            images *= inside.to(device, non_blocking=True).reshape(shape)
+    return batch._replace(images=images)
+
+
+class _Iterations:
+    def __init__(self, first: int, last: int | None) -> None:
+        self.first, self.last = first, last
+
+    def __iter__(self) -> Iterator[int]:
+        iteration = self.first
+        while self.last is None or iteration <= self.last:
+            yield iteration
+            iteration += 1
+
+
+def load_batches(
+    stream: ImageStream,
+    *,
+    first: int = 1,
+    last: int | None = None,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    start_method: str | None = None,
+) -> Iterator[Images]:
+    """Batches `first .. last` (None: without end), on `device` in [0, 1].
+
+    workers: reading processes; 0 reads in this one. start_method: "fork", "spawn", "forkserver" or None for Python's
+    choice. On a GPU the next batch is copied from pinned memory while this one is worked on. `InputError`: a sample
+    that cannot be read, unless the stream skips it, and a reading process that died.
+    """
+    device = torch.device(device)
+    loader = DataLoader(
+        stream,
+        batch_size=None,
+        sampler=_Iterations(first, last),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context=start_method if workers else None,
+    )
+    yield from _ahead(_sound(loader), device)
+
+
+def _sound(loader: Iterable[Images | InputError]) -> Iterator[Images]:
+    try:
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            f"reading processes must live as long as the run, but one was killed (too little memory?): {error}"
+        ) from error
+
+
+def _ahead(batches: Iterator[Images], device: torch.device) -> Iterator[Images]:
+    """Batches on the device; on a GPU each is on its way there while the one before is worked on."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield to_device(batch, device)
+        return
+    stream = torch.cuda.Stream(device)
+    waiting: tuple[Images, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            moved = to_device(batch, device), stream.record_event()
+        if waiting:
+            yield _arrived(*waiting)
+        waiting = moved
+    if waiting:
+        yield _arrived(*waiting)
+
+
+def _arrived(batch: Images, event: torch.cuda.Event) -> Images:
+    current = torch.cuda.current_stream(batch.images.device)
+    current.wait_event(event)
+    batch.images.record_stream(current)
+    return batch
+
+
+def crop_loader(
+    data: PathLike | list[PathLike],
+    crop: Size,
+    *,
+    batch: int,
+    seed: int = 0,
+    split: str = "train",
+    crops: int = 1,
+    first: int = 1,
+    last: int | None = None,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world: int = 1,
+    on_bad_sample: str = "stop",
+) -> Iterator[Images]:
+    """Random crops of the samples of shards, for a training loop of your own; see `ShardSet` and `ImageStream`.
+
+    crop: an int or one per axis. Yields `Images` with float32 images `(batch / world, C, *crop)` in [0, 1] on `device`,
+    smaller images zero-filled. Begin at `first` to go on where another run stopped.
+    """
+    shards = ShardSet(data, split)
+    stream = ImageStream(
+        shards,
+        batch=batch,
+        seed=seed,
+        regions=RandomCrops(per_axis("crop", crop, shards.ndim)),
+        crops=crops,
+        rank=rank,
+        world=world,
+        on_bad_sample=on_bad_sample,
+    )
+    return load_batches(stream, first=first, last=last, workers=workers, device=device)
+
+
+def reading_processes(device: torch.device) -> int:
+    """How many processes to read with: the cores but one, at most eight, for a GPU; none where the CPU trains."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores - 1)) if device.type == "cuda" else 0
