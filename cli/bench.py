@@ -311,6 +311,52 @@ def launches(
         write_results(save, rows, device)
 
 
+@app.command()
+def data(
+    workers: Annotated[int, typer.Option(min=0, help="reading processes")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="passes of each way; the median is shown")] = 3,
+    formats: Annotated[bool, typer.Option("--formats", help="also other chunk shapes and filters")] = False,
+    large: Annotated[bool, typer.Option("--large", help="also crops of 4096^2 and 512^3 images")] = False,
+    crops: Annotated[int | None, typer.Option(min=1, help="crops a pass; default 2000 in 2D, 60 in 3D")] = None,
+    folder: Annotated[Path | None, typer.Option(help="where to write the images; default a temporary folder")] = None,
+    save: Save = None,
+) -> None:
+    """Random crops a second from shards and from the usual files, and what is read for them; warm and cold cache."""
+    import tempfile
+
+    from coverfast.bench.data import LARGE, PROBLEMS, as_rows, measure, measure_large
+    from coverfast.bench.provenance import write_results
+    from coverfast.cli.progress import working
+
+    rows = []
+    with tempfile.TemporaryDirectory(dir=folder) as place, working("reading") as tell:
+        for row in measure(Path(place), workers=workers, repeats=repeats, formats=formats, crops=crops):
+            rows.append(row)
+            tell(f"{row.problem}: {row.way}")
+        for row in measure_large(Path(place)) if large else ():
+            rows.append(row)
+            tell(f"{row.problem}: {row.way}")
+    headings = ("way", "crops/s warm", "range", "cold", "disk/pixels", "MB read a crop", "over chunks")
+    for problem in (*PROBLEMS, *LARGE):
+        shown = [
+            (
+                row.way,
+                _number(row.warm, 0),
+                "-" if row.warm_spread is None else f"{row.warm_spread[0]:.0f}-{row.warm_spread[1]:.0f}",
+                _number(row.cold, 0),
+                _number(row.stored, 2),
+                _number(row.read, 2),
+                _number(row.over, 3),
+            )
+            for row in rows
+            if row.problem == problem.name
+        ]
+        if shown:
+            _table(f"{problem.spec}, {workers} processes", headings, shown)
+    if save is not None:
+        write_results(save, as_rows(rows), "cpu")
+
+
 # --- helpers -----------------------------------------------------------------------------------------------------
 
 

@@ -88,3 +88,14 @@ def training_progress(first: int, iterations: int) -> Iterator[Callable[[Record]
             bar.update(task, completed=done, rate=rate(done))
 
         yield draw
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """Give a function that says how far a long measurement is: on a terminal a line that goes, elsewhere nothing."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status(what) as status:
+        yield lambda text: status.update(f"{what}: {text}")

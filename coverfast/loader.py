@@ -122,36 +122,29 @@ class ImageStream(Dataset[Images | InputError]):
 
     def gather(self, iteration: int, samples: NDArray[np.int64], chosen: NDArray[np.int64]) -> Images:
         """Read the parts of the chosen samples that the positions `samples` of an iteration's batch need."""
-        parts: list[NDArray[Any] | None] = [None] * len(samples)
-        bad: list[str] = []
-        chosen = chosen.copy()
+        chosen, bad = chosen.copy(), []
+        ends = self.regions(self.seed, iteration, samples, self.data.sizes[chosen])
+        parts: dict[int, NDArray[Any]] = {}
         for index in dict.fromkeys(chosen.tolist()):
             slots = np.flatnonzero(chosen == index)
             for attempt in range(len(self.data)):
-                here = (index + attempt) % len(self.data)
-                sizes = np.repeat(self.data.sizes[here : here + 1], len(slots), axis=0)
-                ends = self.regions(self.seed, iteration, samples[slots], sizes)
+                if attempt:
+                    chosen[slots] = (index + attempt) % len(self.data)
+                    ends[slots] = self.regions(self.seed, iteration, samples[slots], self.data.sizes[chosen[slots]])
                 try:
-                    read = self.data.pixels(here, [[slice(a, b) for a, b in box] for box in ends.tolist()])
+                    boxes = [[slice(a, b) for a, b in box] for box in ends[slots].tolist()]
+                    parts |= zip(slots.tolist(), self.data.pixels(int(chosen[slots[0]]), boxes), strict=True)
+                    break
                 except InputError as error:
                     if self.on_bad_sample == "stop":
                         raise
                     bad.append(str(error))
-                    continue
-                chosen[slots] = here
-                for slot, part in zip(slots, read, strict=True):
-                    parts[slot] = part
-                break
             else:
                 raise InputError(f"at least 1 sample must be readable, got none of {len(self.data)}: {bad[-1]}")
-        sizes = self.data.sizes[chosen]
-        ends = self.regions(self.seed, iteration, samples, sizes)
-        images, scaling = _stack([p for p in parts if p is not None], self.data.scaling[chosen])
-        host = [torch.from_numpy(a) for a in (ends[..., 1] - ends[..., 0], ends[..., 0], sizes, scaling)]
-        return Images(
-            torch.from_numpy(images), *(t.clone() for t in host), torch.from_numpy(samples), torch.from_numpy(chosen),
-            iteration, bad,
-        )  # fmt: skip
+        images, scaling = _stack([parts[slot] for slot in range(len(samples))], self.data.scaling[chosen])
+        corner = np.ascontiguousarray(ends[..., 0])
+        arrays = (images, ends[..., 1] - corner, corner, self.data.sizes[chosen], scaling, samples, chosen)
+        return Images(*map(torch.from_numpy, arrays), iteration, bad)
 
 
 def _stack(parts: list[NDArray[Any]], scaling: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:
@@ -210,25 +203,26 @@ def load_batches(
     first: int = 1,
     last: int | None = None,
     workers: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = "cpu",
     start_method: str | None = None,
 ) -> Iterator[Images]:
-    """Batches `first .. last` (None: without end), on `device` in [0, 1].
+    """Batches `first .. last` (None: without end), on `device` in [0, 1], or on the host as they are stored (None).
 
     workers: reading processes; 0 reads in this one. start_method: "fork", "spawn", "forkserver" or None for Python's
     choice. On a GPU the next batch is copied from pinned memory while this one is worked on. `InputError`: a sample
     that cannot be read, unless the stream skips it, and a reading process that died.
     """
-    device = torch.device(device)
+    device = None if device is None else torch.device(device)
     loader = DataLoader(
         stream,
         batch_size=None,
         sampler=_Iterations(first, last),
         num_workers=workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=device is not None and device.type == "cuda",
         multiprocessing_context=start_method if workers else None,
     )
-    yield from _ahead(_sound(loader), device)
+    sound = _sound(loader)
+    yield from sound if device is None else _ahead(sound, device)
 
 
 def _sound(loader: Iterable[Images | InputError]) -> Iterator[Images]:

@@ -193,9 +193,7 @@ class ShardWriter:
         channels, ndim = shape[0], len(shape) - 1
         like = f" like {self._first}" if self._first else ""
         require(self.ndim in (None, ndim), f"{source} must be {self.ndim}D{like}, got {ndim}D")
-        require(
-            self.channels in (None, channels), f"{source} must have {self.channels} channels{like}, got {channels}"
-        )
+        require(self.channels in (None, channels), f"{source} must have {self.channels} channels{like}, got {channels}")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

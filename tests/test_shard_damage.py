@@ -9,9 +9,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from coverfast.checks import InputError
-from coverfast.shards import Sample, Shard, ShardWriter, verify
+from coverfast.loader import ImageStream, RandomCrops
+from coverfast.shard_set import ShardSet
+from coverfast.shards import SPLITS, Original, Sample, Shard, ShardWriter, verify
 
 
 def build(path, count=5, shape=(1, 20, 30), dtype="uint16"):
@@ -19,7 +22,11 @@ def build(path, count=5, shape=(1, 20, 30), dtype="uint16"):
     with ShardWriter(path, preprocessing={"preset": "raw"}, overwrite=True) as writer:
         for i in range(count):
             pixels = rng.integers(0, 200, shape).astype(dtype)
-            writer.add(Sample(pixels, 1.5, 0.25, 0.0, 255.0, (1.0, 2.0, 3.0)[: len(shape) - 1], f"in/{i}.png"))
+            n = len(shape) - 1
+            affine = np.diag([3.0, 2.0, 1.0, 1.0]) if n == 3 else None
+            original = Original(shape[1:], np.eye(n + 1) * 2, affine, "RAS" if n == 3 else "")
+            said = {"source": f"in/{i}.png", "group": f"patient {i}", "split": SPLITS[i % 3], "original": original}
+            writer.add(Sample(pixels, 1.5, 0.25, 0.0, 255.0, (1.0, 2.0, 3.0)[:n], **said))
     return path
 
 
@@ -29,12 +36,20 @@ def shard_file(tmp_path):
 
 
 def everything(path):
+    """All that a shard says, and its pixels once by the shard and once by the loader."""
     with Shard(path) as shard:
         samples = [shard.read(i) for i in range(len(shard))]
-        return [
-            (shard.ndim, shard.channels, shard.sizes.tolist(), shard.content_hash, shard.preprocessing),
-            *((s.pixels.tobytes(), s.pixels.shape, shard.info(i)) for i, s in enumerate(samples)),
-        ]
+        tables = (shard.sizes.tolist(), shard.scaling.tolist(), shard.splits.tolist())
+        found = [(shard.ndim, shard.channels, *tables, shard.content_hash, shard.preprocessing)]
+        for i, sample in enumerate(samples):
+            info = shard.info(i)
+            original = [np.asarray(v).tolist() for v in vars(info.original).values()]
+            found.append((sample.pixels.tobytes(), sample.pixels.shape, info._replace(original=original)))
+    data = ShardSet(path, "all")
+    stream = ImageStream(data, batch=len(data), seed=0, regions=RandomCrops((40,) * data.ndim))
+    batch = stream.load(1)
+    data.close()
+    return [*found, [t.tolist() if isinstance(t, torch.Tensor) else t for t in batch]]
 
 
 def test_files_that_are_no_shards_are_refused(tmp_path, shard_file):
