@@ -23,7 +23,7 @@ eager=(--against "coverfast triton" --against "eager A" --against "eager B")
 for stage in "$@"; do
     case $stage in
     check)
-        step python3 -m pytest tests/kernels -q -p no:cacheprovider > >(tee "$out/tests.txt") 2>&1
+        step python3 -m pytest tests/kernels tests/test_loader.py -q -p no:cacheprovider > >(tee "$out/tests.txt") 2>&1
         step coverfast bench agree --save "$out/agreement.json"
         step coverfast bench static --target sm_90 --save "$out/static.json"
         ;;
@@ -66,6 +66,7 @@ build_phantoms('$shards/3d.h5', 3, (160, 160, 128), seed=1, indices=range(4))"
             cp "$shards/run-$n/report.png" "$out/train-paper-$n.png" 2>/dev/null
         done
         rm -r "$shards"
+        step coverfast bench data --workers 8 --save "$out/data.json"
         ;;
     compiled)
         late=(--against "coverfast triton" --against "compiled A" --against FlexAttention --repeats 10)

@@ -103,6 +103,24 @@ def test_several_crops_of_a_visit_decode_a_chunk_once(tmp_path, monkeypatch):
     assert len({tuple(c) for c in found.corner.tolist()}) == 8
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts reads in /proc")
+def test_regions_of_one_call_read_a_chunk_once(tmp_path):
+    path = write(tmp_path / "v.h5", [noise(64, 64, 64, seed=1, dtype="int16")])
+
+    def read_in(regions) -> int:
+        before = Path("/proc/self/io").read_text()
+        shard.pixels(0, regions)
+        after = Path("/proc/self/io").read_text()
+        return int(after.split()[1]) - int(before.split()[1])
+
+    with Shard(path) as shard:
+        shard.pixels(0)
+        once = read_in([None])
+        four = read_in([[slice(i, i + 50)] * 3 for i in range(4)])
+    assert once > path.stat().st_size // 2
+    assert four < 1.1 * once
+
+
 # --- pixels -----------------------------------------------------------------------------------------------------------
 
 
