@@ -18,19 +18,16 @@ def batches(loaded: Iterable[Images], seed: int, on_bad: Callable[[str], None]) 
     for found in loaded:
         for reason in found.bad:
             on_bad(reason)
-        yield _batch(found, seed)
+        yield Batch(found.images, found.sizes, found.corner, found.samples, seed, found.iteration)
 
 
-def _batch(found: Images, seed: int) -> Batch:
-    return Batch(found.images, found.sizes, found.corner, found.samples, seed, found.iteration)
-
-
-def held_out(stream: ImageStream, *, limit: int, device: torch.device) -> Iterator[Batch]:
+def held_out(
+    stream: ImageStream, *, limit: int, device: torch.device, on_bad: Callable[[str], None]
+) -> Iterator[Batch]:
     """The first `limit` held-out samples with views that never change (iteration 0)."""
     count = min(limit, len(stream.data))
-    for start in range(0, count, stream.batch):
-        indices = np.arange(start, min(start + stream.batch, count))
-        yield _batch(to_device(stream.gather(0, indices, indices), device), stream.seed)
+    parts = (np.arange(start, min(start + stream.batch, count)) for start in range(0, count, stream.batch))
+    return batches((to_device(stream.gather(0, p, p), device) for p in parts), stream.seed, on_bad)
 
 
 def check_fits(shards: ShardSet, crop: tuple[int, ...], *, pad: bool) -> None:

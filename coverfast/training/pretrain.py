@@ -90,6 +90,8 @@ class Pretraining:
                     f"use a smaller --batch or --crop"
                 ) from None
             raise
+        if self.bad:
+            self.notes.append(f"{len(self.bad)} sample(s) could not be read and were skipped, named above")
         self._save_backbone()
         self._draw()
         return self.run
@@ -113,7 +115,7 @@ class Pretraining:
 
     def _held_out(self) -> Any:
         stream = self._stream(self.val or self.shards, self.settings.seed ^ (_VALIDATION_KEY << 32))
-        return held_out(stream, limit=self.settings.val_samples, device=self.device)
+        return held_out(stream, limit=self.settings.val_samples, device=self.device, on_bad=self._skipped)
 
     def _save_backbone(self) -> None:
         assert self.run is not None
