@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
 import uuid
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +69,7 @@ class ShardWriter:
 
     ndim: 2 or 3. channels: of every sample. None takes them from the first sample. preprocessing: a JSON-able dict
     that downstream can repeat. progress: called with (done, total) while the finished file is checked. compression:
-    "gzip" (level 1), "none", or "auto": none in 2D, where gzip would hold training up, gzip in 3D. draft: neither
+    "gzip" (level 1), "none", or "auto": gzip for volumes of which it leaves less than a third. draft: neither
     read back nor synced to the disk, for a file that is only on its way into another shard.
 
     The file grows under a temporary name in the target folder (missing folders are made). Leaving the block
@@ -214,7 +216,7 @@ class ShardWriter:
         count = stored.shape[0] * math.prod(-(-s // c) for s, c in zip(stored.shape[1:], chunks[1:], strict=True))
         # Deflate may add a few bytes to a chunk that does not compress; the index takes some more.
         self._reserve(count * (math.prod(chunks) * stored.itemsize * 1001 // 1000 + 256))
-        packed = self._compression == "gzip" or (self._compression == "auto" and stored.ndim == 4)
+        packed = self._compression == "gzip" or (self._compression == "auto" and _pays(stored, chunks))
         squeeze = {"compression": "gzip", "compression_opts": 1, "shuffle": stored.itemsize > 1} if packed else {}
         # All attributes in the object header: eight is where HDF5 would move them to a heap.
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -317,6 +319,19 @@ def chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Chunks of an image `(C, *S)`: one channel, as even along each axis as sides of at most `_EDGE` allow."""
     edge = _EDGE[len(shape) - 1]
     return (1, *(-(-s // -(-s // edge)) for s in shape[1:]))
+
+
+def _pays(stored: NDArray[Any], chunks: tuple[int, ...]) -> bool:
+    """Whether a volume is worth its decoding: what gzip cannot shrink to a third, it also inflates slowly."""
+    if stored.ndim < 4:
+        return False
+    starts = list(itertools.product(*(range(0, s, c) for s, c in zip(stored.shape, chunks, strict=True))))
+    raw = packed = 0
+    for start in starts[:: -(-len(starts) // 16)]:
+        part = stored[tuple(slice(a, a + c) for a, c in zip(start, chunks, strict=True))]
+        shuffled = part.reshape(-1).view(np.uint8).reshape(-1, part.itemsize).T.tobytes()
+        raw, packed = raw + len(shuffled), packed + len(zlib.compress(shuffled, 1))
+    return 3 * packed < raw
 
 
 def _allocate(descriptor: int, start: int, count: int) -> None:
