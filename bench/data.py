@@ -1,7 +1,7 @@
 """How fast random crops reach the training process, and how much is read for them: shards against the usual ways.
 
 Every way serves the same crops of the same images in the same order through the same loader, and is checked to give
-the same pixels before it is timed. Images are phantoms (`coverfast.phantom`), turned and shifted to be as many as asked.
+the same pixels before it is timed. Images are phantoms (`coverfast.phantom`), shifted to be as many as asked.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ def _touched(data: ShardSet, batch: Any) -> int:
     """Bytes on the disk of the chunks that a batch's crops touch."""
     stored = 0
     corners, extents = batch.corner.numpy(), batch.extents.numpy()
-    for index, first, shape in zip(batch.index.tolist(), corners, extents, strict=True):
+    for index, first, shape in zip(batch.indices.tolist(), corners, extents, strict=True):
         path, sample = data.place(index)
         with h5py.File(path, locking=False) as file:
             dataset = file[f"samples/{sample:08d}"]

@@ -7,9 +7,9 @@ ranks, and from any iteration on.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +23,9 @@ from coverfast.philox import STREAM_CROP, permutation, scalar_uniform
 from coverfast.samples import ON_BAD_SAMPLE
 from coverfast.shard_set import PathLike, ShardSet
 
-Ends = NDArray[np.int64]
-
-
-class Regions(Protocol):
-    """Which part of each image an iteration needs."""
-
-    def __call__(self, seed: int, iteration: int, samples: NDArray[np.int64], sizes: Ends) -> Ends:
-        """First pixel and one past the last, `(B, n, 2)`, inside images of `(B, n)` sizes."""
+#: Which part of each image an iteration needs: from (seed, iteration, positions in the batch `(B,)`, sizes `(B, n)`) to
+#: the first pixel and one past the last, `(B, n, 2)`.
+Regions = Callable[[int, int, NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,9 @@ class RandomCrops:
 
     crop: tuple[int, ...]
 
-    def __call__(self, seed: int, iteration: int, samples: NDArray[np.int64], sizes: Ends) -> Ends:
+    def __call__(
+        self, seed: int, iteration: int, samples: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
         """See `Regions`."""
         u = scalar_uniform(seed, STREAM_CROP, iteration, samples, len(self.crop))
         shape = np.minimum(self.crop, sizes)
@@ -53,8 +50,8 @@ class Images(NamedTuple):
     images: `(B, C, *S)` stored values on the host, float32 in [0, 1] once `to_device` has scaled them; zero beyond
     `extents`. On the CPU: extents: `(B, n)` shape of each part. corner: `(B, n)` its first pixel in the whole image.
     sizes: `(B, n)` of the whole images. scaling: `(B, 4)` float64 slope, intercept, lo, hi. samples: `(B,)` position of
-    each in the global batch. index: `(B,)` place of each sample in the set. bad: why samples were replaced, a sentence
-    each.
+    each in the global batch. indices: `(B,)` place of each sample in the set. bad: why samples were replaced, a
+    sentence each.
     """
 
     images: Tensor
@@ -63,7 +60,7 @@ class Images(NamedTuple):
     sizes: Tensor
     scaling: Tensor
     samples: Tensor
-    index: Tensor
+    indices: Tensor
     iteration: int
     bad: list[str]
 
@@ -144,7 +141,8 @@ class ImageStream(Dataset[Images | InputError]):
         images, scaling = _stack([parts[slot] for slot in range(len(samples))], self.data.scaling[chosen])
         corner = np.ascontiguousarray(ends[..., 0])
         arrays = (images, ends[..., 1] - corner, corner, self.data.sizes[chosen], scaling, samples, chosen)
-        return Images(*map(torch.from_numpy, arrays), iteration, bad)
+        tensors: Any = tuple(torch.from_numpy(array) for array in arrays)
+        return Images._make((*tensors, iteration, bad))
 
 
 def _stack(parts: list[NDArray[Any]], scaling: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:

@@ -259,7 +259,7 @@ class Shard:
             shift[:-1, -1] = [r.start for r in region]
             original = replace(original, to_original=original.to_original @ shift)
         fields = ("slope", "intercept", "lo", "hi", "spacing", "source", "group", "split")
-        return Sample(pixels, *(getattr(info, name) for name in fields), original)
+        return Sample(pixels, original=original, **{name: getattr(info, name) for name in fields})
 
     def pixels(self, index: int, regions: Sequence[Region | None] = (None,)) -> list[NDArray[Any]]:
         """The stored pixels `(C, *S)` of sample `index` inside each region; None is all of it.

@@ -63,7 +63,7 @@ def test_command(tmp_path):
         "import sys; from dataclasses import replace; from coverfast.bench import data",
         "data.PROBLEMS = tuple(replace(p, size=(64,) * len(p.size), crop=(32,) * len(p.size), count=2, batch=1)"
         " for p in data.PROBLEMS)",
-        f"sys.argv = ['coverfast', 'bench', 'data', '--workers', '1', '--repeats', '1', '--crops', '2', '--save', {str(out)!r}]",
+        f"sys.argv = 'coverfast bench data --workers 1 --repeats 1 --crops 2 --save {out}'.split()",
         "from coverfast.cli.main import main; main()",
     ])]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

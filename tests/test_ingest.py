@@ -9,21 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from coverfast.checks import InputError
-from coverfast.ingest import Source, build_shard, find_sources, read_source
-from coverfast.shards import Shard, verify
+from coverfast.ingest import Source, Unreadable, find_sources, read_source
 
 Image = pytest.importorskip("PIL.Image")
-nibabel = pytest.importorskip("nibabel")
 
 RADIOGRAPHS = Path(__file__).resolve().parents[2] / "shared" / "data" / "chestxray"
 
 
-def read(path, size=None):
-    return read_source(Source(Path(path), Path(path).name), size)
+def read(path):
+    return read_source(Source(Path(path), Path(path).name))
 
 
 def ramp(shape=(12, 20), high=255, dtype=np.uint8):
@@ -126,6 +122,7 @@ def test_exif_orientation_is_applied(tmp_path, suffix):
     save(tmp_path / f"a.{suffix}", grey, exif=exif)
     pixels = read(tmp_path / f"a.{suffix}").pixels[0]
     assert pixels.shape == (48, 32)
+    assert read(tmp_path / f"a.{suffix}").original.shape == (48, 32)
     assert pixels[4:20, 20:28].min() > 190
     assert pixels[28:, :].max() < 10
 
@@ -182,49 +179,10 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     np.save(tmp_path / "b.npy", ramp())
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     words = re.escape("reading PNG needs the extra: pip install coverfast[io]")
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=words) as caught:
         read(tmp_path / "a.png")
-    # Not a bad file to be skipped.
-    with pytest.raises(InputError, match=words):
-        build_shard(tmp_path, tmp_path / "s.h5", skip_bad=True)
-    assert build_shard(tmp_path / "b.npy", tmp_path / "s.h5").samples == 1
-
-
-# ---- size
-
-
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 40))
-def test_size_gives_squares_within_the_value_range(tmp_path_factory, height, width, size):
-    path = tmp_path_factory.mktemp("size") / "a.npy"
-    pixels = np.random.default_rng(0).integers(900, 4000, (height, width)).astype(np.int16)
-    np.save(path, pixels)
-    sample = read(path, size)
-    assert sample.pixels.shape == (1, size, size)
-    assert sample.pixels.dtype == np.int16
-    assert pixels.min() <= sample.lo <= sample.hi <= pixels.max()
-
-
-def test_size_takes_the_centre_without_aliasing(tmp_path):
-    stripes = np.zeros((64, 128), np.uint8)
-    stripes[:, ::2] = 200
-    stripes[:, 32:96] = stripes[:, 32:96] // 2  # the centre square is half as bright
-    pixels = read(save(tmp_path / "a.png", stripes), 16).pixels[0]
-    assert set(np.unique(pixels[:, 1:-1])) <= {49, 50, 51}
-    same = ramp((24, 24))
-    np.testing.assert_array_equal(read(save(tmp_path / "b.png", same), 24).pixels[0], same)
-    full = np.full((8, 8), 65535, np.uint16)
-    np.testing.assert_array_equal(read(save(tmp_path / "c.png", full), 20).pixels[0], 65535)
-
-
-def test_size_is_refused_for_volumes_and_nonsense(tmp_path):
-    np.save(tmp_path / "v.npy", np.zeros((4, 5, 6), np.uint8))
-    with pytest.raises(InputError, match=r"size is for 2D images, .*v.npy is 3D"):
-        read(tmp_path / "v.npy", 4)
-    with pytest.raises(InputError, match="size is for 2D images"):
-        build_shard(tmp_path, tmp_path / "s.h5", size=4, skip_bad=True)
-    for size in (0, -1, 2.0, True, 10**9):
-        with pytest.raises(InputError, match="size must be an int from 1 to 16384"):
-            read(tmp_path / "v.npy", size)
+    assert not isinstance(caught.value, Unreadable)  # not a bad file, to be skipped
+    assert read(tmp_path / "b.npy").pixels.shape == (1, 12, 20)
 
 
 # ---- npy
@@ -273,21 +231,33 @@ def test_npy_that_is_refused(tmp_path):
             read(tmp_path / f"{name}.npy")
 
 
+def test_npz(tmp_path):
+    pixels = ramp((3, 4, 5)).astype(">i2")
+    np.savez_compressed(tmp_path / "a.npz", image=pixels)
+    sample = read(tmp_path / "a.npz")
+    np.testing.assert_array_equal(sample.pixels[0], pixels)
+    assert sample.pixels.dtype == np.int16
+    assert sample.pixels.dtype.isnative
+    np.savez(tmp_path / "several.npz", image=pixels, label=pixels)
+    np.savez(tmp_path / "none.npz")
+    np.savez(tmp_path / "object.npz", a=np.array([{}]))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "several.npz").read_bytes()[:-40])
+    cases = {
+        "several": r"it must hold 1 array, got 2 \(image, label\); save the image alone",
+        "none": "it must hold 1 array, got 0",
+        "object": "allow_pickle",
+        "cut": "zip",
+    }
+    for name, words in cases.items():
+        with pytest.raises(Unreadable, match=f"{name}.npz cannot be read as npz: .*{words}"):
+            read(tmp_path / f"{name}.npz")
+
+
 @pytest.mark.skipif(not RADIOGRAPHS.is_dir(), reason="the shared radiographs are not here")
-def test_real_radiographs(tmp_path):
-    report = build_shard(RADIOGRAPHS, tmp_path / "x.h5", size=192)
+def test_real_radiographs():
+    sources = find_sources(RADIOGRAPHS)
     files = sorted(RADIOGRAPHS.glob("*.png"))
-    assert (report.samples, report.skipped) == (len(files), [])
-    assert verify(report.path) == []
-    with Shard(report.path) as shard:
-        assert shard.preprocessing == {"preset": "raw", "size": 192}
-        assert shard.sizes.tolist() == [[192, 192]] * len(files)
-        for i, file in enumerate(files):
-            assert shard.source(i) == f"chestxray/{file.name}"
-            with Image.open(file) as image:
-                mean = np.asarray(image.convert("L")).mean()
-            assert abs(shard.read(i).pixels.mean() - mean) < 0.5
-    build_shard(files[0], tmp_path / "whole.h5")
-    with Shard(tmp_path / "whole.h5") as shard, Image.open(files[0]) as image:
-        np.testing.assert_array_equal(shard.read(0).pixels[0], np.asarray(image.convert("L")))
-    assert [s.name for s in find_sources(RADIOGRAPHS)] == [f"chestxray/{f.name}" for f in files]
+    assert [s.name for s in sources] == [f"chestxray/{f.name}" for f in files]
+    for source, file in zip(sources, files, strict=True):
+        with Image.open(file) as image:
+            np.testing.assert_array_equal(read_source(source).pixels[0], np.asarray(image.convert("L")))

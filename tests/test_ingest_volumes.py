@@ -1,19 +1,21 @@
-"""NIfTI: orientation, spacing, scaling; folders; whole builds."""
+"""NIfTI: orientation, spacing, scaling; folders, names and groups."""
 
 from __future__ import annotations
 
 import gzip
 import itertools
 import os
-import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from coverfast.checks import InputError
-from coverfast.ingest import Source, build_shard, find_sources, read_source
-from coverfast.shards import Shard, verify
+from coverfast.ingest import Source, find_sources, read_source, scan
 
 nibabel = pytest.importorskip("nibabel")
 
@@ -21,8 +23,8 @@ ZOOMS = (0.5, 2.0, 3.0)
 DATA = Path(nibabel.__file__).parent / "tests" / "data"
 
 
-def read(path):
-    return read_source(Source(Path(path), Path(path).name))
+def read(path, volume=None):
+    return read_source(Source(Path(path), Path(path).name), volume=volume)
 
 
 def volume():
@@ -57,6 +59,79 @@ def test_oblique_axes_go_to_the_closest(tmp_path):
     sample = read(tmp_path / "v.nii")
     np.testing.assert_array_equal(sample.pixels[0], volume().transpose(2, 1, 0))
     assert sample.spacing == pytest.approx(ZOOMS[::-1])
+
+
+@given(
+    st.permutations(range(3)),
+    st.tuples(*[st.sampled_from([-1, 1])] * 3),
+    arrays(np.float64, (3, 3), elements=st.floats(-0.3, 0.3)),
+    st.tuples(*[st.integers(1, 5)] * 3),
+    st.sampled_from([("mm", 1), ("micron", 1e-3), ("meter", 1e3)]),
+)
+def test_the_file_can_be_found_again_from_every_pixel(tmp_path_factory, order, signs, skew, shape, unit):
+    path = tmp_path_factory.mktemp("any") / "v.nii"
+    # File axis i runs along world axis order[i], turned and sheared by up to 0.3 of its length an axis.
+    affine = np.eye(4)
+    affine[:3, :3] = (np.eye(3)[:, order] * signs + skew) @ np.diag(ZOOMS)
+    affine[:3, 3] = (-20, 30, 7)
+    file = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+    image = nibabel.Nifti1Image(file, affine)
+    image.header.set_xyzt_units(unit[0])
+    nibabel.save(image, path)
+    sample = read(path)
+    original = sample.original
+    affine = nibabel.load(path).affine  # through float32
+    assert (original.shape, original.orientation) == (shape, "".join(nibabel.aff2axcodes(affine)))
+    np.testing.assert_allclose(original.affine, np.diag([unit[1]] * 3 + [1]) @ affine)
+    for value in range(file.size):
+        (stored,) = np.argwhere(sample.pixels[0] == value)
+        np.testing.assert_array_equal(
+            original.to_original @ [*stored, 1], [*np.argwhere(file == value)[0], 1], err_msg=str(value)
+        )
+    zyx = original.affine @ original.to_original
+    assert (np.abs(zyx[:3, 2::-1]).argmax(0) == range(3)).all()
+    assert (np.diag(zyx[:3, 2::-1]) > 0).all()  # to the right, to anterior, to superior
+    np.testing.assert_allclose(sample.spacing, np.linalg.norm(zyx[:3, :3], axis=0))
+    assert sorted(original.spacing) == pytest.approx(sorted(sample.spacing))
+
+
+def test_a_sheared_header_goes_to_the_closest_axes(tmp_path):
+    affine = np.diag([*ZOOMS, 1.0])
+    affine[1, 2] = 1.2  # a tilted gantry: 22 degrees
+    file = volume()[:, :, ::-1]
+    affine[:, 2] *= -1
+    nibabel.save(nibabel.Nifti1Image(file, affine), tmp_path / "v.nii")
+    sample = read(tmp_path / "v.nii")
+    np.testing.assert_array_equal(sample.pixels[0], volume().transpose(2, 1, 0))
+    assert sample.spacing == pytest.approx((np.hypot(3, 1.2), 2, 0.5))
+
+
+def test_one_of_several_volumes(tmp_path):
+    several = np.stack([volume(), volume() + 1, volume() + 2], -1)
+    nibabel.save(nibabel.Nifti1Image(several, np.eye(4)), tmp_path / "v.nii.gz")
+    for number in range(3):
+        sample = read(tmp_path / "v.nii.gz", number)
+        np.testing.assert_array_equal(sample.pixels[0], volume().transpose(2, 1, 0) + number)
+        assert sample.original.shape == (4, 5, 6)
+    with pytest.raises(InputError, match=r"holds 3 volumes, shape \(4, 5, 6, 3\); choose one with --volume 0 to 2"):
+        read(tmp_path / "v.nii.gz")
+    with pytest.raises(InputError, match=r"holds 3 volumes, .*; --volume must be below, got 3"):
+        read(tmp_path / "v.nii.gz", 3)
+    nibabel.save(nibabel.Nifti1Image(volume()[..., None], np.eye(4)), tmp_path / "one.nii")
+    assert read(tmp_path / "one.nii", 7).pixels.shape == (1, 6, 5, 4)
+    for number in (-1, 1.0, True):
+        with pytest.raises(InputError, match="volume must be an int of at least 0"):
+            read(tmp_path / "one.nii", number)
+
+
+def test_a_pair_of_header_and_image(tmp_path):
+    nibabel.save(nibabel.Nifti1Pair(volume(), np.diag([-1, 1, 1, 1])), tmp_path / "v.img")
+    (source,) = find_sources(tmp_path)
+    assert [f.name for f in source.files] == ["v.hdr", "v.img"]
+    np.testing.assert_array_equal(read_source(source).pixels[0], volume()[::-1].transpose(2, 1, 0))
+    nibabel.save(nibabel.AnalyzeImage(volume(), np.eye(4)), tmp_path / "old.hdr")
+    with pytest.raises(InputError, match=r"old.hdr cannot be read as NIfTI: it is no NIfTI"):
+        read(tmp_path / "old.hdr")
 
 
 def test_stored_integers_keep_slope_and_intercept(tmp_path):
@@ -102,17 +177,18 @@ def test_types_units_and_single_volumes(tmp_path, dtype, stored, ends):
 def test_niftis_that_are_refused(tmp_path):
     eye = np.eye(4)
     save = {
-        "series": (np.zeros((3, 3, 3, 2), np.int16), eye, r"one volume \(x, y, z\), got shape \(3, 3, 3, 2\)"),
-        "flat": (np.zeros((3, 3), np.int16), eye, "one volume"),
+        "vectors": (np.zeros((3, 3, 3, 1, 2), np.int16), eye, r"a volume \(x, y, z\), got shape \(3, 3, 3, 1, 2\)"),
+        "flat": (np.zeros((3, 3), np.int16), eye, "must be a volume"),
         "complex": (np.zeros((3, 3, 3), np.complex64), eye, "real numbers, got complex64"),
         "colour": (np.zeros((3, 3, 3), [("R", "u1"), ("G", "u1"), ("B", "u1")]), eye, "real numbers"),
         "nan": (np.full((2, 2, 2), np.nan, np.float32), eye, "pixels must be finite, got 8"),
         "singular": (np.zeros((2, 2, 2), np.int16), np.diag([1.0, 0, 1, 1]), "three independent axes"),
+        "dependent": (np.zeros((2, 2, 2), np.int16), np.eye(4)[:, [0, 0, 2, 3]], "three independent axes"),
         "nowhere": (np.zeros((2, 2, 2), np.int16), np.diag([np.nan, 1, 1, 1]), "affine must be finite"),
     }
     for name, (array, affine, words) in save.items():
-        image = nibabel.Nifti1Image(array, None if name in ("singular", "nowhere") else affine)
-        if name in ("singular", "nowhere"):
+        image = nibabel.Nifti1Image(array, None if name in ("singular", "dependent", "nowhere") else affine)
+        if name in ("singular", "dependent", "nowhere"):
             image.header["sform_code"] = 1
             image.header["srow_x"], image.header["srow_y"], image.header["srow_z"] = affine[:3]
             content = bytearray(image.to_bytes())
@@ -141,25 +217,22 @@ def test_real_small_niftis(name):
     if not (DATA / name).exists():
         pytest.skip("this nibabel came without its sample files")
     image = nibabel.load(DATA / name)
-    if len(image.shape) > 3 and np.prod(image.shape[3:]) > 1:
-        with pytest.raises(InputError, match="one volume"):
+    several = len(image.shape) > 3 and image.shape[3] > 1
+    if several:
+        with pytest.raises(InputError, match=f"it holds {image.shape[3]} volumes"):
             read(DATA / name)
-        return
-    sample = read(DATA / name)
+    sample = read(DATA / name, 1)
     canonical = nibabel.as_closest_canonical(image)
-    expected = canonical.get_fdata().squeeze().transpose(2, 1, 0)
-    np.testing.assert_allclose(sample.pixels[0] * sample.slope + sample.intercept, expected, rtol=1e-6)
+    expected = canonical.get_fdata()[..., 1] if several else canonical.get_fdata().squeeze()
+    np.testing.assert_allclose(sample.pixels[0] * sample.slope + sample.intercept, expected.transpose(2, 1, 0), 1e-6)
     assert sample.spacing == pytest.approx(canonical.header.get_zooms()[2::-1], rel=1e-4)
 
 
 def test_a_real_brain(tmp_path):
     template = pytest.importorskip("nilearn.datasets").load_mni152_template(resolution=2)
     nibabel.save(template, tmp_path / "mni.nii.gz")
-    report = build_shard(tmp_path / "mni.nii.gz", tmp_path / "mni.h5")
-    assert verify(report.path) == []
-    with Shard(report.path) as shard:
-        assert shard.sizes.tolist() == [list(template.shape[::-1])]
-        sample = shard.read(0)
+    sample = read(tmp_path / "mni.nii.gz")
+    assert sample.pixels.shape == (1, *template.shape[::-1])
     assert sample.spacing == pytest.approx((2, 2, 2))
     brain = sample.normalised()[0] > 0.2
     # Superior is up: the vertex is narrower than the temporal lobes; left and right are alike.
@@ -168,7 +241,7 @@ def test_a_real_brain(tmp_path):
     assert brain[..., : width // 2].sum() == pytest.approx(brain[..., -(width // 2) :].sum(), rel=0.05)
 
 
-# ---- folders and builds
+# ---- folders, names and groups
 
 
 def npy(path, shape=(4, 5), seed=0):
@@ -195,7 +268,7 @@ def test_find_sources(tmp_path):
         os.chdir(here)
     for path, words in (
         (tmp_path / "nowhere", "found nothing there"),
-        (top / "notes.txt", "must be one of .png, .*, got .txt"),
+        (top / "notes.txt", "must be DICOM or one of .png, .*, got .txt"),
         (_made(tmp_path / "bare" / "x").parent, "must hold images .* found none among 0 files"),
     ):
         with pytest.raises(InputError, match=words):
@@ -209,37 +282,60 @@ def _made(path):
     return path
 
 
-def test_build_report_and_progress(tmp_path):
-    for i in range(3):
-        npy(tmp_path / "in" / f"{i}.npy", (4, 5 + i), i)
-    (tmp_path / "in" / "readme.md").touch()
-    calls = []
-    report = build_shard(tmp_path / "in", tmp_path / "s.h5", progress=lambda *call: calls.append(call))
-    assert (report.samples, report.ignored, report.skipped) == (3, 1, [])
-    assert report.size_bytes == (tmp_path / "s.h5").stat().st_size
-    assert calls == [("reading", i, 3) for i in range(4)] + [("checking", i, 3) for i in range(1, 4)]
-    with Shard(report.path) as shard:
-        assert shard.preprocessing == {"preset": "raw", "size": None}
-        assert shard.sizes.tolist() == [[4, 5], [4, 6], [4, 7]]
+def test_order_and_report_do_not_depend_on_the_file_system(tmp_path, monkeypatch):
+    for name in ("b.npy", "a/z.npy", "a.npy", "c.npy"):
+        npy(_made(tmp_path / "set" / name))
+    (tmp_path / "set" / "a" / "notes.txt").write_text("no image")
+    os.mkfifo(tmp_path / "set" / "pipe")
+    found = scan(tmp_path / "set")
+    assert [s.name for s in found.sources] == ["set/a.npy", "set/a/z.npy", "set/b.npy", "set/c.npy"]
+    assert (found.ignored, found.refused) == (2, [])
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda *a, **k: ((h, f, files[::-1]) for h, f, files in walk(*a, **k)))
+    assert scan([tmp_path / "set" / "c.npy", tmp_path / "set"]).sources[0].name == "c.npy"
+    assert scan([tmp_path / "set" / "b.npy", tmp_path / "set"]).sources[1:] == found.sources[:2] + found.sources[3:]
+    assert scan(tmp_path / "set") == found
 
 
-def test_bad_files_stop_the_build_or_are_skipped(tmp_path):
-    for i in range(3):
-        npy(tmp_path / "in" / f"{i}.npy")
-    (tmp_path / "in" / "1.npy").write_bytes(b"")
-    with pytest.raises(InputError, match=re.escape(f"{tmp_path}/in/1.npy cannot be read as npy: it is empty")):
-        build_shard(tmp_path / "in", tmp_path / "s.h5")
-    assert [p.name for p in tmp_path.iterdir()] == ["in"]
-    report = build_shard(tmp_path / "in", tmp_path / "s.h5", skip_bad=True)
-    assert (report.samples, report.skipped) == (2, [f"{tmp_path}/in/1.npy cannot be read as npy: it is empty"])
-    with pytest.raises(InputError, match="exists already"):
-        build_shard(tmp_path / "in", tmp_path / "s.h5", skip_bad=True)
-    with pytest.raises(InputError, match=r"got none of 1: .*1.npy cannot be read"):
-        build_shard(tmp_path / "in" / "1.npy", tmp_path / "t.h5", skip_bad=True)
-    npy(tmp_path / "in" / "3.npy", (3, 4, 5))
-    with pytest.raises(InputError, match=r"in/3.npy must be 2D like in/0.npy, got 3D"):
-        build_shard(tmp_path / "in", tmp_path / "t.h5", skip_bad=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "s.h5"]
+def test_groups(tmp_path):
+    for name in ("sub-01/ses-1/anat/sub-01_T1w", "sub-01/ses-2/anat/sub-01_T1w", "sub-02_T1w", "sub", "mysub-03"):
+        npy(tmp_path / "set" / f"{name}.npy")
+
+    def groups(pattern=None):
+        return {s.name[4:]: s.group for s in scan(tmp_path / "set", group=pattern).sources}
+
+    assert groups() == {
+        "sub-01/ses-1/anat/sub-01_T1w.npy": "sub-01",
+        "sub-01/ses-2/anat/sub-01_T1w.npy": "sub-01",
+        "sub-02_T1w.npy": "sub-02",
+        "sub.npy": "",
+        "mysub-03.npy": "",
+    }
+    assert set(groups("(sub)").values()) == {"sub"}
+    assert set(groups("set/[a-z]+").values()) == {"set/sub", "set/mysub"}
+    for pattern, words in (
+        (r"sub-(\d+)", "group must match every name, got no match in set/sub.npy"),
+        ("x*", "group must match something in every name"),
+        ("(", "group must be a regular expression, got '\\('"),
+    ):
+        with pytest.raises(InputError, match=words):
+            groups(pattern)
+    sample = read_source(scan(tmp_path / "set").sources[1])
+    assert (sample.source, sample.group) == ("set/sub-01/ses-1/anat/sub-01_T1w.npy", "sub-01")
+
+
+def test_many_files_take_some_hundred_bytes_each(tmp_path):
+    (tmp_path / "set").mkdir()
+    for i in range(4000):
+        (tmp_path / "set" / f"{i:05d}.npy").touch()
+    scan(tmp_path)
+    tracemalloc.start()
+    found = scan(tmp_path)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found.sources) == 4000
+    assert kept / 4000 < 700
+    assert peak / 4000 < 1500
 
 
 def test_a_colour_array_is_not_taken_for_a_volume(tmp_path: Path) -> None:

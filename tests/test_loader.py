@@ -83,7 +83,7 @@ def test_the_stream_visits_everything_alike_and_ranks_share_it(shards, batch, cr
         assert len(set(order[place : place + crops])) == 1
     for iteration in (1, 2):
         parts = [rank.load(iteration) for rank in ranks]
-        assert torch.cat([p.index for p in parts]).tolist() == whole.load(iteration).index.tolist()
+        assert torch.cat([p.indices for p in parts]).tolist() == whole.load(iteration).indices.tolist()
         assert torch.cat([p.samples for p in parts]).tolist() == list(range(batch * world))
         assert torch.equal(torch.cat([p.corner for p in parts]), whole.load(iteration).corner)
 
@@ -132,7 +132,7 @@ def test_crops_are_the_pixels_they_say(shards, iteration, crops):
     for slot in range(4):
         box = [slice(a, a + e) for a, e in zip(raw.corner[slot].tolist(), raw.extents[slot].tolist(), strict=True)]
         assert raw.extents[slot].tolist() == [min(36, s) for s in raw.sizes[slot].tolist()]
-        sample = data.read(int(raw.index[slot]))
+        sample = data.read(int(raw.indices[slot]))
         inside = (slice(None), *(slice(e) for e in raw.extents[slot].tolist()))
         np.testing.assert_array_equal(raw.images[slot][inside], sample.pixels[:, *box])
         np.testing.assert_array_equal(ready.images[slot][inside], sample.normalised()[:, *box])
@@ -166,7 +166,7 @@ def test_the_stored_type_travels_and_mixed_types_are_scaled_first(tmp_path):
     data = ShardSet([eight, sixteen])
     mixed = stream(data, batch=2).load(1)
     assert mixed.images.dtype == torch.float32
-    whole = [data.read(i).normalised() for i in mixed.index.tolist()]
+    whole = [data.read(i).normalised() for i in mixed.indices.tolist()]
     for image, corner, full in zip(to_device(mixed, CPU).images, mixed.corner.tolist(), whole, strict=True):
         np.testing.assert_array_equal(image, full[:, *(slice(c, c + 32) for c in corner)])
     through = list(load_batches(stream(sixteen, batch=2), last=2, workers=1))
@@ -267,8 +267,8 @@ def test_a_damaged_sample_stops_the_stream_by_name_or_is_skipped(tmp_path, worke
     assert any(b.bad for b in skipped)
     assert all("sample 3 (s/3) cannot be read" in reason for b in skipped for reason in b.bad)
     for a, b in zip(sound, skipped, strict=True):
-        assert b.index.tolist() == [4 if i == 3 else i for i in a.index.tolist()]
-        kept = a.index != 3
+        assert b.indices.tolist() == [4 if i == 3 else i for i in a.indices.tolist()]
+        kept = a.indices != 3
         assert torch.equal(a.images[kept], b.images[kept])
     for i in (0, 1, 2, 4):
         _damage(path, i)
@@ -304,4 +304,4 @@ def test_batches_on_a_gpu_are_those_on_a_cpu(shards):
     for a, b in zip(here, there, strict=True):
         assert b.images.is_cuda
         torch.testing.assert_close(b.images.cpu(), a.images, atol=6e-8, rtol=0)
-        assert torch.equal(a.index, b.index)
+        assert torch.equal(a.indices, b.indices)

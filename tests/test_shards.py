@@ -410,7 +410,7 @@ def test_a_copy_is_stored_as_an_image_added(tmp_path, shard_file):
     assert Shard(tmp_path / "copy.h5").content_hash == Shard(whole).content_hash
     with Shard(whole) as shard, ShardWriter(tmp_path / "flat.h5", preprocessing={}) as writer:
         writer.add(image())
-        with pytest.raises(InputError, match="0 must be 2D like a.png, got 3D"):
+        with pytest.raises(InputError, match=r"0 must be 2D like a\.png, got 3D"):
             writer.copy(shard, 0)
 
 

@@ -1,9 +1,10 @@
-"""Which files are sources: suffixes, folders, order."""
+"""Which files are sources: suffixes, folders, DICOM series, groups, order."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,65 +18,177 @@ KINDS = {
     ".tiff": "TIFF",
     ".nii": "NIfTI",
     ".nii.gz": "NIfTI",
+    ".hdr": "NIfTI",
+    ".nrrd": "NRRD",
+    ".nhdr": "NRRD",
+    ".mha": "MetaImage",
+    ".mhd": "MetaImage",
     ".npy": "npy",
+    ".npz": "npz",
+    ".dcm": "DICOM",
+    ".dicom": "DICOM",
+    ".ima": "DICOM",
 }
+# Headers that keep their pixels in a file beside them, and how that one ends.
+_BESIDE = {
+    ".hdr": (".img",),
+    ".mhd": (".raw", ".zraw"),
+    ".nhdr": (".raw", ".raw.gz", ".gz"),
+}
+_BIDS = re.compile(r"(?:^|/)(sub-[0-9A-Za-z]+)(?![0-9A-Za-z-])")
 
 PathLike = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
-    """A file to read. path: as found. name: what the shard keeps, `folder/sub/file` below a folder given by
-    the caller, otherwise the file name: the same on every machine.
+    """An image to read: a file, or slices of a DICOM series.
+
+    path: the file, or the first of the series. name: what the shard keeps, `folder/sub/file` below a folder given by
+    the caller, otherwise the file name: the same on every machine; for DICOM "dicom/" and digests of UIDs, which
+    tell nothing of path or person. group: the patient or subject, "" if unknown. parts: for DICOM, (file, frame) of
+    each slice in order.
     """
 
     path: Path
     name: str
+    group: str = ""
+    parts: tuple[tuple[str, int], ...] = ()
 
     @property
     def kind(self) -> str:
-        """PNG, JPEG, TIFF, NIfTI or npy, by the suffix; "" for anything else."""
-        lower = self.path.name.lower()
-        return next((kind for suffix, kind in KINDS.items() if lower.endswith(suffix)), "")
+        """One of the values of `KINDS`, by the suffix or because it has DICOM parts; "" for anything else."""
+        return "DICOM" if self.parts else _kind(self.path.name)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that the image is read from."""
+        if self.parts:
+            return tuple(Path(p) for p in dict.fromkeys(file for file, _ in self.parts))
+        beside = (self.path.with_suffix(end) for end in _BESIDE.get(self.path.suffix.lower(), ()))
+        return (self.path, *(file for file in beside if file.exists()))
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What `scan` found. sources: sorted by name. ignored: files below the folders that are no images. refused: why
+    each DICOM series or file that looked like an image is none, one sentence each.
+    """
+
+    sources: list[Source]
+    ignored: int
+    refused: list[str]
 
 
 def find_sources(paths: PathLike | Sequence[PathLike]) -> list[Source]:
-    """The image files among `paths`: files as they are, folders with all below them, each in sorted order.
+    """The images among `paths`, as `scan` finds them. `InputError`: as there, and for the first that it refuses."""
+    found = scan(paths)
+    require(not found.refused, "".join(found.refused[:1]))
+    return found.sources
 
-    Hidden files and other suffixes below a folder are passed over; a file met twice counts once. `InputError`:
-    a missing path, a file of another kind given by name, a folder without images.
+
+def scan(
+    paths: PathLike | Sequence[PathLike],
+    *,
+    group: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scan:
+    """The images among `paths`: files as they are, folders with all below them, sorted by name.
+
+    Hidden files are passed over, a file met twice counts once. Files with a suffix of DICOM, or one that stands for
+    no image, count as DICOM where they begin like it; their headers are read and sorted into series, across folders
+    (`readers.series.find_series`). group: a regular expression searched in the names; its first group, or else the
+    whole match, is the source's group. Without it that is the "sub-..." of BIDS, where a name has it. DICOM files
+    are grouped by the patient that their tags name, whatever `group` says. progress: called with (headers read, files
+    to read headers of). `InputError`: a missing path, a file of another kind given by name, a folder without images,
+    a name that `group` does not match.
     """
-    return scan(paths)[0]
-
-
-def scan(paths: PathLike | Sequence[PathLike]) -> tuple[list[Source], int]:
-    """`find_sources`, and how many files below the folders were passed over for their suffix."""
     given = [Path(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     require(len(given) > 0, "sources must be at least 1 file or folder, got none")
-    found: dict[Path, Source] = {}
+    pattern = _compiled(group)
+    known: set[str] = set()
+    found: list[tuple[str, str]] = []  # (name, path)
+    dicom: list[tuple[str, str]] = []
     ignored = 0
+    refused: list[str] = []
     for path in given:
         if not path.exists():
             raise InputError(f"{path} must be a file or folder, found nothing there")
-        if path.is_dir():
-            entries = [Source(file, name) for name, file in sorted(_below(path))]
-            sources = [source for source in entries if source.kind]
-            ignored += len(entries) - len(sources)
-            require(
-                len(sources) > 0,
-                f"{path} must hold images ({', '.join(KINDS)}), found none among {len(entries)} files",
-            )
-        else:
-            sources = [Source(path, path.name)]
-            require(
-                bool(sources[0].kind), f"{path} must be one of {', '.join(KINDS)}, got {path.suffix or 'no suffix'}"
-            )
-        for source in sources:
-            found.setdefault(source.path.absolute(), source)
-    return list(found.values()), ignored
+        entries = sorted(_below(path)) if path.is_dir() else [(path.name, str(path))]
+        images = 0
+        for name, file in entries:
+            kind = _kind(name)
+            if kind in ("", "DICOM") and _is_dicom(file):
+                target = dicom
+            elif kind == "DICOM":
+                target = None
+            elif kind:
+                target = found
+            else:
+                require(
+                    path.is_dir(),
+                    f"{path} must be DICOM or one of {', '.join(KINDS)}, got {path.suffix or 'no suffix'}",
+                )
+                ignored += 1
+                continue
+            images += 1
+            absolute = os.path.abspath(file)  # noqa: PTH100 - 100,000 paths
+            if absolute in known:
+                continue
+            known.add(absolute)
+            if target is None:
+                refused.append(f"{file} cannot be read as DICOM: it does not begin with the preamble of a DICOM file")
+            else:
+                target.append((name, file))
+        require(images > 0, f"{path} must hold images ({', '.join(KINDS)}), found none among {len(entries)} files")
+    del known
+    sources = [Source(Path(file), name, _group(pattern, name)) for name, file in found]
+    if dicom:
+        # Only with pydicom, which takes long to load.
+        from coverfast.ingest.readers.series import find_series
+
+        images_found, others, sentences = find_series([file for _, file in sorted(dicom)], progress)
+        sources += [Source(Path(i.parts[0][0]), i.name, i.group, i.parts) for i in images_found]
+        ignored += others
+        refused += sentences
+    require(len(sources) + len(refused) > 0, f"sources must hold images, found none among {ignored} DICOM files")
+    sources.sort(key=lambda s: s.name)
+    return Scan(sources, ignored, refused)
 
 
-def _below(folder: Path) -> Iterator[tuple[str, Path]]:
+def _kind(name: str) -> str:
+    lower = name.lower()
+    return next((kind for suffix, kind in KINDS.items() if lower.endswith(suffix)), "")
+
+
+def _is_dicom(file: str) -> bool:
+    if not os.path.isfile(file):  # noqa: PTH113 - a pipe would wait
+        return False
+    try:
+        with open(file, "rb") as opened:  # noqa: PTH123 - 100,000 files
+            return opened.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _compiled(group: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if group is None else re.compile(group)
+    except re.error as error:
+        raise InputError(f"group must be a regular expression, got {group!r}: {error}") from error
+
+
+def _group(pattern: re.Pattern[str] | None, name: str) -> str:
+    match = (pattern or _BIDS).search(name)
+    if match is None:
+        require(pattern is None, f"group must match every name, got no match in {name}")
+        return ""
+    found = match[1] if match.re.groups else match[0]
+    require(bool(found), f"group must match something in every name, got nothing in {name}")
+    return str(found)
+
+
+def _below(folder: Path) -> Iterator[tuple[str, str]]:
     """(name, path) of every visible file below a folder; links to folders are followed, each folder once."""
 
     def refuse(error: OSError) -> None:
@@ -93,4 +206,4 @@ def _below(folder: Path) -> Iterator[tuple[str, Path]]:
         for file in files:
             if not file.startswith("."):
                 path = Path(here, file)
-                yield "/".join((top, *path.relative_to(folder).parts)) if top else file, path
+                yield "/".join((top, *path.relative_to(folder).parts)) if top else file, str(path)
