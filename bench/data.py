@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from coverfast.checks import require
 from coverfast.loader import ImageStream, RandomCrops, load_batches
 from coverfast.phantom import phantom
-from coverfast.shard_reader import Region
+from coverfast.shard_reader import Allocate, Region
 from coverfast.shard_set import ShardSet
 from coverfast.shards import Sample, ShardWriter
 
@@ -85,19 +85,29 @@ class Files:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def pixels(self, index: int, regions: Sequence[Region]) -> list[Array]:
+    def pixels(self, index: int, regions: Sequence[Region], allocate: Allocate) -> list[Array]:
         """See `ShardSet.pixels`."""
-        whole = self.read_file(self.paths[index])
-        return [np.ascontiguousarray(whole[(slice(None), *region)]) for region in regions]
+        return _cropped(self.read_file(self.paths[index]), regions, allocate)
 
 
 class Whole(ShardSet):
     """Whole samples of a shard, cropped afterwards."""
 
-    def pixels(self, index: int, regions: Sequence[Region | None] = (None,)) -> list[Array]:
+    def pixels(
+        self, index: int, regions: Sequence[Region | None] = (None,), allocate: Allocate | None = None
+    ) -> list[Array]:
         """See `ShardSet.pixels`."""
         (whole,) = super().pixels(index)
-        return [np.ascontiguousarray(whole[(slice(None), *region)]) for region in regions if region is not None]
+        return _cropped(whole, [r for r in regions if r is not None], allocate or (lambda *a: np.empty(a[1], a[2])))
+
+
+def _cropped(whole: Array, regions: Sequence[Region], allocate: Allocate) -> list[Array]:
+    out = []
+    for number, region in enumerate(regions):
+        crop = whole[(slice(None), *region)]
+        out.append(allocate(number, crop.shape, crop.dtype))
+        out[-1][:] = crop  # crops of one size: the slot is no larger
+    return out
 
 
 def read_png(path: Path) -> Array:

@@ -6,8 +6,9 @@ ranks, and from any iteration on.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,12 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from coverfast.checks import InputError, check_choice, per_axis, require
 from coverfast.geometry import Size
 from coverfast.philox import STREAM_CROP, permutation, scalar_uniform
 from coverfast.samples import ON_BAD_SAMPLE
+from coverfast.shard_reader import Allocate
 from coverfast.shard_set import PathLike, ShardSet
 
 #: Which part of each image an iteration needs: from (seed, iteration, positions in the batch `(B,)`, sizes `(B, n)`) to
@@ -121,6 +123,7 @@ class ImageStream(Dataset[Images | InputError]):
         """Read the parts of the chosen samples that the positions `samples` of an iteration's batch need."""
         chosen, bad = chosen.copy(), []
         ends = self.regions(self.seed, iteration, samples, self.data.sizes[chosen])
+        together = _Together(len(samples), ends)
         parts: dict[int, NDArray[Any]] = {}
         for index in dict.fromkeys(chosen.tolist()):
             slots = np.flatnonzero(chosen == index)
@@ -130,7 +133,8 @@ class ImageStream(Dataset[Images | InputError]):
                     ends[slots] = self.regions(self.seed, iteration, samples[slots], self.data.sizes[chosen[slots]])
                 try:
                     boxes = [[slice(a, b) for a, b in box] for box in ends[slots].tolist()]
-                    parts |= zip(slots.tolist(), self.data.pixels(int(chosen[slots[0]]), boxes), strict=True)
+                    read = self.data.pixels(int(chosen[slots[0]]), boxes, together.room(slots.tolist()))
+                    parts |= zip(slots.tolist(), read, strict=True)
                     break
                 except InputError as error:
                     if self.on_bad_sample == "stop":
@@ -138,26 +142,59 @@ class ImageStream(Dataset[Images | InputError]):
                     bad.append(str(error))
             else:
                 raise InputError(f"at least 1 sample must be readable, got none of {len(self.data)}: {bad[-1]}")
-        images, scaling = _stack([parts[slot] for slot in range(len(samples))], self.data.scaling[chosen])
-        corner = np.ascontiguousarray(ends[..., 0])
-        arrays = (images, ends[..., 1] - corner, corner, self.data.sizes[chosen], scaling, samples, chosen)
+        corner, extents = np.ascontiguousarray(ends[..., 0]), ends[..., 1] - ends[..., 0]
+        ordered = [parts[slot] for slot in range(len(samples))]
+        images, scaling = together.stack(ordered, extents, self.data.scaling[chosen])
+        arrays = (extents, corner, self.data.sizes[chosen], scaling, samples, chosen)
         tensors: Any = tuple(torch.from_numpy(array) for array in arrays)
-        return Images._make((*tensors, iteration, bad))
+        return Images._make((images, *tensors, iteration, bad))
 
 
-def _stack(parts: list[NDArray[Any]], scaling: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Parts of one type zero-filled at the high end to a common size; of several types, each brought to [0, 1]."""
-    if len({part.dtype for part in parts}) > 1:
-        rows = scaling[:, None]
-        parts = [to_unit_range(torch.from_numpy(p)[None], r)[0].numpy() for p, r in zip(parts, rows, strict=True)]
-        scaling = np.tile([1.0, 0.0, 0.0, 1.0], (len(parts), 1))
-    shape = np.max([part.shape for part in parts], axis=0)
-    if all(part.shape == tuple(shape) for part in parts):
-        return np.stack(parts), scaling
-    out = np.zeros((len(parts), *shape), parts[0].dtype)
-    for slot, part in zip(out, parts, strict=True):
-        slot[tuple(map(slice, part.shape))] = part
-    return out, scaling
+class _Together:
+    """The memory of a batch, into whose slots samples are read without a copy; shared where another process waits.
+
+    Its size and type are those of the first sample read: one that does not fit gets memory of its own.
+    """
+
+    def __init__(self, count: int, ends: NDArray[np.int64]) -> None:
+        self.count, self.shape = count, tuple((ends[..., 1] - ends[..., 0]).max(0).tolist())
+        self.images: Tensor | None = None
+        self.slots: NDArray[Any] = np.empty(0)
+
+    def room(self, slots: Sequence[int]) -> Allocate:
+        def allocate(number: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+            if self.images is None:
+                self.images = _zeros((self.count, shape[0], *self.shape), dtype)
+                self.slots = self.images.numpy()
+            slot: NDArray[Any] = self.slots[slots[number]]
+            fits = slot.dtype == dtype and all(s >= n for s, n in zip(slot.shape, shape, strict=True))
+            return slot if fits else np.zeros(shape, dtype)
+
+        return allocate
+
+    def stack(
+        self, parts: Sequence[NDArray[Any]], extents: NDArray[np.int64], scaling: NDArray[np.float64]
+    ) -> tuple[Tensor, NDArray[np.float64]]:
+        """The parts, zero-filled at the high end to a common size; of several types, each brought to [0, 1]."""
+        if self.images is not None and all(np.shares_memory(p, s) for p, s in zip(parts, self.slots, strict=True)):
+            return self.images, scaling
+        several = len({part.dtype for part in parts}) > 1
+        dtype = np.dtype(np.float32) if several else parts[0].dtype
+        images = _zeros((self.count, parts[0].shape[0], *extents.max(0).tolist()), dtype)
+        for slot, part, extent, row in zip(images.numpy(), parts, extents.tolist(), scaling, strict=True):
+            inside = (slice(None), *map(slice, extent))
+            found = part[inside]
+            slot[inside] = to_unit_range(torch.from_numpy(found)[None], row[None])[0] if several else found
+        return images, np.tile([1.0, 0.0, 0.0, 1.0], (self.count, 1)) if several else scaling
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
+    if get_worker_info() is None:
+        return torch.from_numpy(np.zeros(shape, dtype))
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    # What torch's own collation does, to spare a copy: new shared memory, which is zero.
+    size = math.prod(shape) * dtype.itemsize
+    return torch.empty(0, dtype=kind).set_(torch.UntypedStorage._new_shared(size)).view(kind).reshape(shape)
 
 
 def to_unit_range(stored: Tensor, scaling: Tensor | NDArray[np.float64]) -> Tensor:

@@ -34,6 +34,7 @@ from coverfast.samples import (
 FORMAT = "coverfast-shard"
 VERSION = 2
 Region = Sequence[slice]
+Allocate = Callable[[int, tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 Progress = Callable[[int, int], None]
 
 # What h5py raises on damaged files, one or the other by the place of the damage.
@@ -261,10 +262,14 @@ class Shard:
         fields = ("slope", "intercept", "lo", "hi", "spacing", "source", "group", "split")
         return Sample(pixels, original=original, **{name: getattr(info, name) for name in fields})
 
-    def pixels(self, index: int, regions: Sequence[Region | None] = (None,)) -> list[NDArray[Any]]:
+    def pixels(
+        self, index: int, regions: Sequence[Region | None] = (None,), allocate: Allocate | None = None
+    ) -> list[NDArray[Any]]:
         """The stored pixels `(C, *S)` of sample `index` inside each region; None is all of it.
 
-        Several regions of one call decode a chunk they share once, up to 64 MiB of chunks. `InputError` as in `read`.
+        Several regions of one call decode a chunk they share once, up to 64 MiB of chunks. allocate: called with the
+        number of the region, its shape and its type, gives the C-contiguous array to read into, whose low corner is
+        filled where it is larger. `InputError` as in `read`.
         """
         i = self._check_index(index)
         whole = tuple(self.sizes[i].tolist())
@@ -277,9 +282,12 @@ class Shard:
             out = []
             for region in regions:
                 start, shape = _extent(region, whole)
-                space.select_hyperslab((0, *start), (self.channels, *shape))
-                part = np.empty((self.channels, *shape), dtype.newbyteorder("="))
-                dataset.read(h5py.h5s.create_simple(part.shape), space, part)
+                shape = (self.channels, *shape)
+                space.select_hyperslab((0, *start), shape)
+                part = (allocate or _empty)(len(out), shape, dtype.newbyteorder("="))
+                place = h5py.h5s.create_simple(part.shape)
+                place.select_hyperslab((0,) * len(shape), shape)
+                dataset.read(place, space, part)
                 out.append(part)
             return out
         except _FAULTS as error:
@@ -293,6 +301,10 @@ class Shard:
             return f"{self.path}: sample {i} ({self.source(i)})"
         except InputError:
             return f"{self.path}: sample {i}"
+
+
+def _empty(number: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    return np.empty(shape, dtype)
 
 
 def _extent(region: Region | None, whole: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from coverfast.checks import InputError, check_choice, require
 from coverfast.samples import SPLITS, Sample
-from coverfast.shard_reader import Region, Shard
+from coverfast.shard_reader import Allocate, Region, Shard
 
 PathLike = str | os.PathLike[str]
 
@@ -147,11 +147,13 @@ class ShardSet:
         shard, sample = self._where[index].tolist()
         return self._handle(shard).read(sample, region)
 
-    def pixels(self, index: int, regions: Sequence[Region | None] = (None,)) -> list[NDArray[Any]]:
+    def pixels(
+        self, index: int, regions: Sequence[Region | None] = (None,), allocate: Allocate | None = None
+    ) -> list[NDArray[Any]]:
         """Stored pixels of sample `index` in each region, see `Shard.pixels`; `InputError` names file and sample."""
         shard, sample = self._where[index].tolist()
         try:
-            return self._handle(shard).pixels(sample, regions)
+            return self._handle(shard).pixels(sample, regions, allocate)
         except InputError as error:
             path = str(self.paths[shard])
             text = str(error)

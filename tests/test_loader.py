@@ -93,9 +93,9 @@ def test_several_crops_of_a_visit_decode_a_chunk_once(tmp_path, monkeypatch):
     data, visits = ShardSet(path), []
     pixels = ShardSet.pixels
 
-    def counted(self, index, regions=(None,)):
+    def counted(self, index, regions=(None,), allocate=None):
         visits.append((index, len(regions)))
-        return pixels(self, index, regions)
+        return pixels(self, index, regions, allocate)
 
     monkeypatch.setattr(ShardSet, "pixels", counted)
     found = stream(data, batch=8, crops=4, regions=RandomCrops((32, 32, 32))).load(1)
