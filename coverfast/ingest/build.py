@@ -1,69 +1,278 @@
-"""Many files to one shard."""
+"""Many files to shards: in parallel, resumable, in an order that depends on nothing but the files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import functools
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from coverfast.checks import InputError
-from coverfast.ingest.files import PathLike, scan
-from coverfast.ingest.readers import Unreadable, check_extras, check_size, read_source
-from coverfast.shards import ShardWriter
+import numpy as np
+
+from coverfast import __version__
+from coverfast.checks import InputError, check_choice, require
+from coverfast.ingest.assembly import Advance, Report, Target, assemble
+from coverfast.ingest.files import PathLike, Source, scan
+from coverfast.ingest.partial import Partial, hold
+from coverfast.ingest.pieces import Piece, Recipe, Refusal, Task, remove_damaged
+from coverfast.ingest.presets import preprocessing as complete
+from coverfast.ingest.splits import check_fractions, draw_splits, duplicates, split_counts
+from coverfast.ingest.workers import Workers, worker_count
+from coverfast.shards import COMPRESSIONS, SPLITS, VERSION
+
+# So many sources, evenly spread, are read first to estimate what the build takes on the disk.
+_PROBES = 8
+# What a file of its own adds to a finished sample.
+_A_PIECE = 4096
 
 
 @dataclass(frozen=True)
-class BuildReport:
-    """What `build_shard` did. samples: written. ignored: files below the folders that are no images by their
-    suffix. skipped: why each unreadable file was left out. size_bytes: of the shard on disk.
+class BuildReport(Report):
+    """What `build_shard` did.
+
+    kept: samples that an earlier run had finished. ignored: files below the folders that are no images. skipped: why
+    each unreadable file was left out.
     """
 
-    path: Path
-    samples: int
+    kept: int
     ignored: int
-    size_bytes: int
-    skipped: list[str] = field(default_factory=list)
+    skipped: list[str]
 
 
 def build_shard(
     paths: PathLike | Sequence[PathLike],
     out: PathLike,
     *,
-    size: int | None = None,
+    preprocessing: dict[str, Any],
+    workers: int | None = None,
+    val_fraction: float = 0.0,
+    test_fraction: float = 0.0,
+    split_seed: int = 0,
+    group: str | None = None,
+    volume: int | None = None,
+    shard_size: int | None = None,
+    compression: str = "auto",
     skip_bad: bool = False,
     overwrite: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    restart: bool = False,
+    disk_check: bool = True,
+    progress: Advance | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> BuildReport:
-    """Read files and folders (`find_sources`, `read_source`) into one shard at `out`.
+    """Read files and folders (`scan`, `read_source`), preprocess them and write the shard `out`, all or nothing.
 
-    size: 2D only, see `read_source`. skip_bad: leave unreadable files out and list them; otherwise the first one
-    stops the build. progress: called with ("reading" or "checking", files done, files in all). `InputError`: also
-    for 2D and 3D files in one shard, for no readable file at all, and whatever `ShardWriter` refuses; nothing
-    is left behind then.
+    preprocessing: from `coverfast.ingest.presets.preprocessing`. workers: processes, by default all cores but one; 0
+    works in this one. val_fraction, test_fraction, split_seed: see `draw_splits`; what has no group by itself gets it
+    from the regular expression `group`, see `scan`. volume: which of a 4D image. shard_size: bytes; then the result is
+    OUT-00000.h5, OUT-00001.h5, ..., each at most that large unless a single sample is larger. compression: see
+    `ShardWriter`. skip_bad: leave unreadable files out and list them; otherwise the first one stops the build.
+    progress: called with ("scanning", "reading", "writing" or "checking", done, in all). note: called with sentences
+    for the user.
+
+    Finished samples lie in OUT.partial until the end. After a kill at any instant, a full disk or a bad file, the same
+    call goes on from there; other settings are refused unless `restart` throws them away. The content depends on the
+    files and the settings, not on workers, interruptions or the order of a folder. Memory: 2 KB a
+    sample, tables of HDF5 of up to 50 MB, and what reading one image takes in every worker.
+
+    `InputError`: an existing target without `overwrite`, before anything is read; another builder at work; no readable
+    file; 2D and 3D files in one shard; too little space on the disk (unless disk_check=False); a worker process that
+    was killed; and whatever `scan`, `read_source`, `preprocess` and `ShardWriter` refuse.
     """
-    check_size(size)
-    tell = progress or (lambda stage, done, total: None)
-    writer = ShardWriter(
-        out,
-        preprocessing={"preset": "raw", "size": size},
-        overwrite=overwrite,
-        progress=lambda done, total: tell("checking", done, total),
+    advance = progress or (lambda stage, done, total: None)
+    tell = note or (lambda text: None)
+    check_fractions(val_fraction, test_fraction, split_seed)
+    check_choice("compression", compression, COMPRESSIONS)
+    count = worker_count(workers)
+    target = Target(Path(out), shard_size, overwrite)
+    recipe = Recipe(complete(**preprocessing), volume, compression)
+    settings = {
+        "preprocessing": recipe.preprocessing,
+        "volume": volume,
+        "compression": compression,
+        "group": group,
+        "val_fraction": val_fraction,
+        "test_fraction": test_fraction,
+        "split_seed": split_seed,
+        "shard_size": shard_size,
+        "made by": f"coverfast {__version__}, shard format {VERSION}",
+    }
+    with Partial(target.out, settings, restart=restart) as partial:
+        if (finished := partial.published()) is not None:
+            return BuildReport.from_plain(finished)
+        target.check()
+        try:
+            return _build(
+                partial,
+                target,
+                recipe,
+                _Sources.found(paths, group, skip_bad, advance),
+                draw={"val_fraction": val_fraction, "test_fraction": test_fraction, "seed": split_seed},
+                workers=count,
+                disk_check=disk_check,
+                advance=advance,
+                tell=tell,
+            )
+        except InputError as error:
+            if not partial.has_pieces():
+                raise
+            raise InputError(f"{error}; finished samples stay in {partial.folder}, the same command resumes") from error
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What a scan found, and what to do with what cannot be read."""
+
+    sources: list[Source]
+    ignored: int
+    refused: list[str]
+    skip_bad: bool
+
+    @classmethod
+    def found(
+        cls, paths: PathLike | Sequence[PathLike], group: str | None, skip_bad: bool, advance: Advance
+    ) -> _Sources:
+        found = scan(paths, group=group, progress=lambda done, total: advance("scanning", done, total))
+        if found.refused and not skip_bad:
+            raise InputError(_bad(found.refused[0]))
+        return cls(found.sources, found.ignored, found.refused, skip_bad)
+
+
+def _bad(text: str) -> str:
+    return f"{text}; skip_bad=True (--skip-bad) leaves such files out"
+
+
+def _build(
+    partial: Partial,
+    target: Target,
+    recipe: Recipe,
+    found: _Sources,
+    *,
+    draw: dict[str, Any],
+    workers: int,
+    disk_check: bool,
+    advance: Advance,
+    tell: Callable[[str], None],
+) -> BuildReport:
+    sources = found.sources
+    # As far as groups alone tell: a fraction that nothing can meet must not show after hours of reading.
+    if sources:
+        draw_splits([s.group for s in sources], [b"%d" % i for i in range(len(sources))], **draw)
+    keys = [recipe.key(source) for source in sources]
+    pieces = _Pieces(found, advance)
+    spread = sorted({i * len(sources) // _PROBES for i in range(_PROBES)} if sources else set())
+    probes = set(spread)
+    rest = (i for i in range(len(sources)) if i not in probes)
+
+    def tasks(numbers: Iterable[int]) -> Iterable[Task]:
+        return (Task(i, sources[i], partial.piece(keys[i])) for i in numbers)
+
+    advance("reading", 0, len(sources))
+    with Workers(min(workers, len(sources)), recipe, functools.partial(hold, partial.held_by_workers)) as pool:
+        for task, result in pool.map(tasks(spread)):
+            pieces.take(task, result)
+        missing = sum(not partial.piece(key).exists() for key in keys)
+        _check_disk(target.out, partial, pieces.mean_size(), missing, len(sources), disk_check, tell)
+        for task, result in pool.map(tasks(rest)):
+            pieces.take(task, result)
+
+    good = pieces.good()
+    skipped = [*found.refused, *(pieces.skipped[i] for i in sorted(pieces.skipped))]
+    require(
+        len(good) > 0,
+        f"at least 1 image must be readable, got none of {len(sources) + len(found.refused)}: {''.join(skipped[:1])}",
     )
-    sources, ignored = scan(paths)
-    check_extras(sources, size)
-    skipped: list[str] = []
-    with writer:
-        for number, source in enumerate(sources):
-            tell("reading", number, len(sources))
-            try:
-                sample = read_source(source, size)
-            except Unreadable as error:
-                if not skip_bad:
-                    raise
-                skipped.append(str(error))
-                continue
-            writer.add(sample)
-        tell("reading", len(sources), len(sources))
-        if len(skipped) == len(sources):
-            raise InputError(f"at least 1 file must be readable, got none of {len(sources)}: {skipped[0]}")
-    return BuildReport(writer.path, len(sources) - len(skipped), ignored, writer.path.stat().st_size, skipped)
+    hashes = [pieces.hashes[i] for i in good]
+    splits, sets = draw_splits([pieces.groups[i] for i in good], hashes, **draw)
+    count, pairs = duplicates(hashes)
+    at = [partial.piece(keys[i]) for i in good]
+    try:
+        names = assemble(
+            partial,
+            target,
+            ((path, 0, SPLITS[split]) for path, split in zip(at, splits, strict=True)),
+            target.parts(int(pieces.sizes[i]) for i in good),
+            advance,
+            preprocessing=recipe.preprocessing,
+            compression=recipe.compression,
+        )
+    except InputError as error:
+        if damaged := remove_damaged(at):
+            raise InputError(f"{damaged} finished samples do not read back and were removed ({error})") from error
+        raise
+    report = BuildReport(
+        paths=[target.out.with_name(name) for name in names],
+        samples=len(good),
+        kept=pieces.kept,
+        ignored=found.ignored,
+        size_bytes=sum(partial.draft(number).stat().st_size for number in range(len(names))),
+        skipped=skipped,
+        splits=split_counts(splits, sets),
+        duplicates=count,
+        duplicate_pairs=[(sources[good[a]].name, sources[good[b]].name) for a, b in pairs],
+    )
+    target.check()
+    partial.publish(names, target.stale(names), report.plain())
+    return report
+
+
+class _Pieces:
+    """What is known of every piece, in little memory."""
+
+    def __init__(self, found: _Sources, advance: Advance) -> None:
+        self._total, self._skip_bad, self._advance = len(found.sources), found.skip_bad, advance
+        self._first: tuple[Task, Piece] | None = None
+        self.sizes = np.zeros(self._total, np.int64)  # 0: no piece
+        self.hashes: list[bytes] = [b""] * self._total
+        self.groups: list[str] = [""] * self._total
+        self.skipped: dict[int, str] = {}
+        self.kept = self._done = 0
+
+    def take(self, task: Task, result: Piece | Refusal) -> None:
+        self._done += 1
+        self._advance("reading", self._done, self._total)
+        number = task.number
+        if isinstance(result, Refusal):
+            if not result.unreadable:
+                raise InputError(result.text)
+            if not self._skip_bad:
+                raise InputError(_bad(result.text))
+            self.skipped[number] = result.text
+            return
+        first, like = self._first or (task, result)
+        name, as_first = task.source.path, f"like {first.source.path}"
+        require(result.ndim == like.ndim, f"{name} must be {like.ndim}D {as_first}, got {result.ndim}D")
+        require(
+            result.channels == like.channels,
+            f"{name} must have {like.channels} channels {as_first}, got {result.channels}",
+        )
+        self._first = first, like
+        self.sizes[number], self.hashes[number] = result.size, result.sha256
+        self.groups[number] = sys.intern(result.group)
+        self.kept += result.kept
+
+    def good(self) -> list[int]:
+        return [int(i) for i in np.flatnonzero(self.sizes)]
+
+    def mean_size(self) -> float:
+        sizes = self.sizes[self.sizes > 0]
+        return float(sizes.mean()) if len(sizes) else 0.0
+
+
+def _check_disk(
+    out: Path, partial: Partial, mean: float, missing: int, total: int, check: bool, tell: Callable[[str], None]
+) -> None:
+    """Say what the build takes, and refuse it where that is not there."""
+    free = shutil.disk_usage(partial.folder).free
+    size, need = round(mean * total), round(mean * total + (mean + _A_PIECE) * missing)
+    tell(
+        f"{total:,} sample{'s' * (total != 1)} take about {size:,} bytes, {need - size:,} more while they are built; "
+        f"{free:,} bytes are free"
+    )
+    require(
+        need <= free or not check,
+        f"{out} must have about {need:,} bytes of disk to be built, got {free:,} bytes free; disk_check=False "
+        "(--no-disk-check) starts all the same",
+    )

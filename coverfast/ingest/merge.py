@@ -1,0 +1,144 @@
+"""Several shards to one, or to several of another size."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coverfast import __version__
+from coverfast.checks import InputError, require
+from coverfast.ingest.assembly import Advance, Item, Report, Target, assemble, stored_size
+from coverfast.ingest.files import PathLike
+from coverfast.ingest.partial import Partial
+from coverfast.ingest.splits import duplicates, join_groups, split_counts
+from coverfast.shards import SPLITS, VERSION, Shard
+
+
+@dataclass(frozen=True)
+class MergeReport(Report):
+    """What `merge_shards` did.
+
+    crossing: duplicates that lie in another split than the image they repeat, so that one split leaks into the other.
+    """
+
+    crossing: int
+
+
+def merge_shards(
+    shards: PathLike | Sequence[PathLike],
+    out: PathLike,
+    *,
+    shard_size: int | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: Advance | None = None,
+) -> MergeReport:
+    """Copy the samples of `shards`, in that order and with their splits, into `out`, chunk by chunk.
+
+    shard_size, overwrite, restart: as in `build_shard`; the new shards get their names when all are complete and read
+    back. progress: called with ("scanning", "writing" or "checking", samples done, in all). `InputError`: shards that
+    differ in dimension, channels or preprocessing; a group that is in different splits; a shard given twice or as
+    `out`; and what `Shard` and `ShardWriter` refuse.
+    """
+    paths = [Path(p) for p in ([shards] if isinstance(shards, str | os.PathLike) else shards)]
+    require(len(paths) > 0, "shards must be at least 1 file, got none")
+    advance = progress or (lambda stage, done, total: None)
+    target = Target(Path(out), shard_size, overwrite)
+    hashes, counts, options = _check_alike(paths, target.out)
+    settings = {"merge": hashes, "shard_size": shard_size, "made by": f"coverfast {__version__}, format {VERSION}"}
+    with Partial(target.out, settings, restart=restart) as partial:
+        if (finished := partial.published()) is not None:
+            return MergeReport.from_plain(finished)
+        target.check()
+        known = _Known(sum(counts), advance)
+        for path in paths:
+            known.look(path)
+        items: Iterator[Item] = (
+            (path, index, None) for path, count in zip(paths, counts, strict=True) for index in range(count)
+        )
+        names = assemble(partial, target, items, target.parts(known.sizes), advance, **options)
+        sets, _ = join_groups(known.groups, known.hashes)
+        splits = np.array(known.splits, np.uint8)
+        count, pairs = duplicates(known.hashes)
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(Shard(path)) for path in paths]
+            named = [(_name(opened, counts, a), _name(opened, counts, b)) for a, b in pairs]
+        report = MergeReport(
+            paths=[target.out.with_name(name) for name in names],
+            samples=len(splits),
+            size_bytes=sum(partial.draft(number).stat().st_size for number in range(len(names))),
+            splits=split_counts(splits, sets),
+            duplicates=count,
+            duplicate_pairs=named,
+            crossing=known.crossing(),
+        )
+        target.check()
+        partial.publish(names, target.stale(names), report.plain())
+        return report
+
+
+def _check_alike(paths: list[Path], out: Path) -> tuple[list[str], list[int], dict[str, Any]]:
+    """Content hash and number of samples of every shard, and what the writer of all of them needs to know."""
+    seen: dict[str, Path] = {}
+    hashes, counts = [], []
+    first: dict[str, Any] = {}
+    for path in paths:
+        real = os.path.realpath(path)
+        require(real not in seen, f"{path} must be given once, got it as {seen.get(real)} too")
+        require(real != os.path.realpath(out), f"{out} must be another file than the shards to merge, got one of them")
+        seen[real] = path
+        with Shard(path) as shard:
+            said = {"ndim": shard.ndim, "channels": shard.channels, "preprocessing": shard.preprocessing}
+            hashes.append(shard.content_hash)
+            counts.append(len(shard))
+        first = first or said
+        for key, value in said.items():
+            require(value == first[key], f"{path} must have {key} = {first[key]} like {paths[0]}, got {value}")
+    return hashes, counts, first
+
+
+def _name(shards: list[Shard], counts: list[int], index: int) -> str:
+    for shard, count in zip(shards, counts, strict=True):
+        if index < count:
+            return shard.source(index)
+        index -= count
+    raise IndexError(index)
+
+
+class _Known:
+    """What is known of the samples of all shards; refuses a group in two splits."""
+
+    def __init__(self, total: int, advance: Advance) -> None:
+        self._total, self._advance = total, advance
+        self._of_group: dict[str, tuple[str, Path]] = {}
+        self.hashes: list[bytes] = []
+        self.groups: list[str] = []
+        self.splits: list[int] = []
+        self.sizes: list[int] = []
+
+    def look(self, path: Path) -> None:
+        with Shard(path) as shard:
+            for index in range(len(shard)):
+                info = shard.info(index)
+                split, other = self._of_group.setdefault(info.group, (info.split, path))
+                if info.group and split != info.split:
+                    raise InputError(
+                        f"group {info.group} must be in one split, got it in {split} of {other} and in {info.split} "
+                        f"of {path}"
+                    )
+                self.hashes.append(bytes.fromhex(info.sha256))
+                self.groups.append(info.group)
+                self.splits.append(SPLITS.index(info.split))
+                self.sizes.append(stored_size(shard, index))
+                self._advance("scanning", len(self.splits), self._total)
+
+    def crossing(self) -> int:
+        """Samples with the pixels of an earlier one of another split."""
+        first: dict[bytes, int] = {}
+        return sum(first.setdefault(key, split) != split for key, split in zip(self.hashes, self.splits, strict=True))
