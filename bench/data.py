@@ -31,7 +31,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Problem:
-    """Images of one kind: so many of `size`, cropped to `crop`, `batch` at a time."""
+    """Images of one kind: `count` of `size`, cropped to `crop`, `batch` at a time, as in the paper's presets."""
 
     name: str
     size: tuple[int, ...]
@@ -48,7 +48,7 @@ class Problem:
 
 
 PROBLEMS = (
-    Problem("2D", (512, 512), (384, 384), "uint8", 256, 16),
+    Problem("2D", (512, 512), (384, 384), "uint8", 256, 24),
     Problem("3D", (160, 160, 128), (128, 128, 128), "int16", 16, 2),
 )
 LARGE = (

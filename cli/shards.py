@@ -119,7 +119,7 @@ def build(
     ] = None,
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D image.")] = None,
     shard_size: ShardSize = None,
-    compression: Annotated[str, typer.Option(help="auto (gzip for volumes that it shrinks to a third), none or gzip.")] = "auto",
+    compression: Annotated[str, typer.Option(help="auto (gzip for volumes it cuts to a third), none, gzip.")] = "auto",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="List unreadable files and go on.")] = False,
     overwrite: Overwrite = False,
     restart: Restart = False,

@@ -67,6 +67,9 @@ class Images(NamedTuple):
     bad: list[str]
 
 
+_SMALL = ("extents", "corner", "sizes", "scaling", "samples", "indices")
+
+
 class ImageStream(Dataset[Images | InputError]):
     """The batches of an endless stream of seeded permutations; item `i` (from 1) is what iteration `i` sees.
 
@@ -108,9 +111,11 @@ class ImageStream(Dataset[Images | InputError]):
     def __getitem__(self, iteration: int) -> Images | InputError:
         # A worker process would wrap an exception in a traceback of its own.
         try:
-            return self.load(iteration)
+            found = self.load(iteration)
         except InputError as error:
             return error
+        # A tensor crosses to another process as a file of shared memory and a call: only images are worth that.
+        return found._replace(**{name: getattr(found, name).numpy() for name in _SMALL})
 
     def load(self, iteration: int) -> Images:
         """The batch of an iteration, on the host."""
@@ -251,6 +256,7 @@ def load_batches(
     loader = DataLoader(
         stream,
         batch_size=None,
+        collate_fn=_as_it_is,
         sampler=_Iterations(first, last),
         num_workers=workers,
         pin_memory=device is not None and device.type == "cuda",
@@ -260,12 +266,16 @@ def load_batches(
     yield from sound if device is None else _ahead(sound, device)
 
 
+def _as_it_is(batch: Images | InputError) -> Images | InputError:
+    return batch
+
+
 def _sound(loader: Iterable[Images | InputError]) -> Iterator[Images]:
     try:
         for batch in loader:
             if isinstance(batch, InputError):
                 raise batch
-            yield batch
+            yield batch._replace(**{name: torch.from_numpy(getattr(batch, name)) for name in _SMALL})
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
