@@ -118,6 +118,7 @@ def build(
         typer.Option(metavar="REGEX", help="Patient in a file's name: the first group, else the match."),
     ] = None,
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D image.")] = None,
+    ndim: Annotated[int | None, typer.Option(help="2 or 3: leave images of the other dimension out.")] = None,
     shard_size: ShardSize = None,
     compression: Annotated[str, typer.Option(help="auto (gzip for volumes it cuts to a third), none, gzip.")] = "auto",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="List unreadable files and go on.")] = False,
@@ -146,6 +147,7 @@ def build(
                 split_seed=split_seed,
                 group=group,
                 volume=volume,
+                ndim=ndim,
                 shard_size=shard_size,
                 compression=compression,
                 skip_bad=skip_bad,
@@ -162,13 +164,14 @@ def build(
         print(f"skipped: {reason}", file=sys.stderr)
     notes = [f"{report.kept} of an earlier run"] if report.kept else []
     notes += [f"{len(report.skipped)} unreadable files skipped"] if report.skipped else []
+    notes += [f"{report.unwanted} images of another dimension left out"] if report.unwanted else []
     notes += [f"{report.ignored} other files ignored"] if report.ignored else []
     _tell(report, notes)
 
 
 @app.command()
 def merge(
-    shards: Annotated[list[Path], typer.Argument(help="The shards to merge, in this order.")],
+    shards: Annotated[list[Path], typer.Argument(help="The shards to merge, in this order; files, folders, globs.")],
     out: Annotated[Path, typer.Option(help=_OUT)],
     shard_size: ShardSize = None,
     overwrite: Overwrite = False,
@@ -176,10 +179,11 @@ def merge(
 ) -> None:
     """Merge shards of one kind into one, or cut them to another size, without decoding."""
     from coverfast.ingest import merge_shards
+    from coverfast.shard_set import find_shards
 
     with _progress() as advance:
         report = merge_shards(
-            list(shards), out, shard_size=shard_size, overwrite=overwrite, restart=restart, progress=advance
+            find_shards(shards), out, shard_size=shard_size, overwrite=overwrite, restart=restart, progress=advance
         )
     _tell(report, [])
     if report.crossing:
@@ -259,13 +263,15 @@ def _facts(shard: Shard) -> Iterator[tuple[str, str]]:
 
 
 @app.command()
-def verify(shards: Annotated[list[Path], typer.Argument(help="The shards to check.")]) -> None:
+def verify(shards: Annotated[list[Path], typer.Argument(help="The shards to check; files, folders, globs.")]) -> None:
     """Read shards from end to end and check every checksum and hash; exit code 2 if anything is wrong."""
+    from coverfast.shard_set import find_shards
     from coverfast.shards import Shard
     from coverfast.shards import verify as check
 
     failed = False
-    for path in shards:
+    paths = find_shards(shards)
+    for path in paths:
         with _progress() as advance:
             problems = check(path, lambda done, total, advance=advance: advance("checking", done, total))  # type: ignore[misc]
         for problem in problems:
@@ -273,23 +279,24 @@ def verify(shards: Annotated[list[Path], typer.Argument(help="The shards to chec
         failed = failed or bool(problems)
         if not problems:
             with Shard(path) as opened:
-                print(f"sound: {_samples(len(opened))}" + (f", {path}" if len(shards) > 1 else ""))
+                print(f"sound: {_samples(len(opened))}" + (f", {path}" if len(paths) > 1 else ""))
     if failed:
         raise typer.Exit(2)
 
 
 @app.command()
 def preview(
-    shards: Annotated[list[Path], typer.Argument(help="The shards to look at.")],
+    shards: Annotated[list[Path], typer.Argument(help="The shards to look at; files, folders, globs.")],
     out: Annotated[Path, typer.Argument(help="The PNG file to write.")],
     count: Annotated[int, typer.Option(min=1, help="Samples to show, evenly spread.")] = 48,
     split: Annotated[str | None, typer.Option(help="Of this split only: train, val or test.")] = None,
 ) -> None:
     """Draw a contact sheet of samples as the network sees them."""
     from coverfast.contact_sheet import contact_sheet
+    from coverfast.shard_set import find_shards
 
     require(out.suffix.lower() == ".png", f"out must be a PNG file, got {out}")
-    contact_sheet(list(shards), out, count=count, split=split)
+    contact_sheet(find_shards(shards), out, count=count, split=split)
     print(out)
 
 

@@ -92,7 +92,7 @@ def test_presets_are_applied_and_kept_apart(tmp_path):
         assert shard.preprocessing == chosen
     npy(tmp_path / "in" / "b.npy", 0, (4, 5, 6))
     with pytest.raises(InputError, match=r"in/b.npy must be 2D for the preset chest-xray"):
-        build(tmp_path / "in", tmp_path / "t.h5", preprocessing=chosen, skip_bad=True)
+        build(tmp_path / "in", tmp_path / "t.h5", preprocessing=chosen)
 
 
 def test_two_files_of_one_name_are_two_samples(tmp_path):
@@ -178,8 +178,22 @@ def test_one_dimension_and_number_of_channels(tmp_path):
     with pytest.raises(InputError, match=r"in/1.npy must have 1 channels like .*in/0.npy, got 2"):
         build(tmp_path / "in", tmp_path / "s.h5", skip_bad=True)
     npy(tmp_path / "in" / "1.npy")
-    with pytest.raises(InputError, match=r"in/1.npy must be 3D like .*in/0.npy, got 2D"):
+    with pytest.raises(InputError, match=r"in/1.npy must be 3D like .*in/0.npy, got 2D; ndim=3"):
         build(tmp_path / "in", tmp_path / "t.h5", skip_bad=True)
+
+
+def test_one_dimension_of_a_mixed_tree(tmp_path):
+    for i in range(3):
+        npy(tmp_path / "in" / f"{i}.npy", i, (6, 7, 8) if i % 2 else (6, 7))
+    report = build(tmp_path / "in", tmp_path / "flat.h5", ndim=2)
+    assert (report.samples, report.unwanted, report.skipped) == (2, 1, [])
+    assert build(tmp_path / "in", tmp_path / "deep.h5", ndim=3, workers=1).samples == 1
+    with pytest.raises(InputError, match=r"in/1.npy must be 2D for the preset chest-xray, got 3D; skip_bad"):
+        build(tmp_path / "in", tmp_path / "x.h5", preprocessing=preprocessing("chest-xray"))
+    skipped = build(tmp_path / "in", tmp_path / "x.h5", preprocessing=preprocessing("chest-xray"), skip_bad=True)
+    assert (skipped.samples, len(skipped.skipped)) == (2, 1)
+    with pytest.raises(InputError, match="ndim must be 2 or 3"):
+        build(tmp_path / "in", tmp_path / "y.h5", ndim=4)
 
 
 def test_refusals_before_anything_is_read(tmp_path):

@@ -33,12 +33,13 @@ _A_PIECE = 4096
 class BuildReport(Report):
     """What `build_shard` did.
 
-    kept: samples that an earlier run had finished. ignored: files below the folders that are no images. skipped: why
-    each unreadable file was left out.
+    kept: samples that an earlier run had finished. ignored: files below the folders that are no images. unwanted:
+    images of another dimension than asked for. skipped: why each unreadable file was left out.
     """
 
     kept: int
     ignored: int
+    unwanted: int
     skipped: list[str]
 
 
@@ -53,6 +54,7 @@ def build_shard(
     split_seed: int = 0,
     group: str | None = None,
     volume: int | None = None,
+    ndim: int | None = None,
     shard_size: int | None = None,
     compression: str = "auto",
     skip_bad: bool = False,
@@ -66,11 +68,11 @@ def build_shard(
 
     preprocessing: from `coverfast.ingest.presets.preprocessing`. workers: processes, by default all cores but one; 0
     works in this one. val_fraction, test_fraction, split_seed: see `draw_splits`; what has no group by itself gets it
-    from the regular expression `group`, see `scan`. volume: which of a 4D image. shard_size: bytes; then the result is
-    OUT-00000.h5, OUT-00001.h5, ..., each at most that large unless a single sample is larger. compression: see
-    `ShardWriter`. skip_bad: leave unreadable files out and list them; otherwise the first one stops the build.
-    progress: called with ("scanning", "reading", "writing" or "checking", done, in all). note: called with sentences
-    for the user.
+    from the regular expression `group`, see `scan`. volume: which of a 4D image. ndim: 2 or 3, leave images of the
+    other dimension out. shard_size: bytes; then the result is OUT-00000.h5, OUT-00001.h5, ..., each at most that large
+    unless a single sample is larger. compression: see `ShardWriter`. skip_bad: leave unreadable files out and list
+    them; otherwise the first one stops the build. progress: called with ("scanning", "reading", "writing" or
+    "checking", done, in all). note: called with sentences for the user.
 
     Finished samples lie in OUT.partial until the end. After a kill at any instant, a full disk or a bad file, the same
     call goes on from there; other settings are refused unless `restart` throws them away. The content depends on the
@@ -85,12 +87,14 @@ def build_shard(
     tell = note or (lambda text: None)
     check_fractions(val_fraction, test_fraction, split_seed)
     check_choice("compression", compression, COMPRESSIONS)
+    require(ndim in (None, 2, 3), f"ndim must be 2 or 3, got {ndim!r}")
     count = worker_count(workers)
     target = Target(Path(out), shard_size, overwrite)
-    recipe = Recipe(complete(**preprocessing), volume, compression)
+    recipe = Recipe(complete(**preprocessing), volume, compression, ndim)
     settings = {
         "preprocessing": recipe.preprocessing,
         "volume": volume,
+        "ndim": ndim,
         "compression": compression,
         "group": group,
         "val_fraction": val_fraction,
@@ -207,6 +211,7 @@ def _build(
         samples=len(good),
         kept=pieces.kept,
         ignored=found.ignored,
+        unwanted=pieces.unwanted,
         size_bytes=sum(partial.draft(number).stat().st_size for number in range(len(names))),
         skipped=skipped,
         splits=split_counts(splits, sets),
@@ -228,12 +233,15 @@ class _Pieces:
         self.hashes: list[bytes] = [b""] * self._total
         self.groups: list[str] = [""] * self._total
         self.skipped: dict[int, str] = {}
-        self.kept = self._done = 0
+        self.kept = self.unwanted = self._done = 0
 
     def take(self, task: Task, result: Piece | Refusal) -> None:
         self._done += 1
         self._advance("reading", self._done, self._total)
         number = task.number
+        if isinstance(result, Refusal) and result.unwanted:
+            self.unwanted += 1
+            return
         if isinstance(result, Refusal):
             if not result.unreadable:
                 raise InputError(result.text)
@@ -243,7 +251,11 @@ class _Pieces:
             return
         first, like = self._first or (task, result)
         name, as_first = task.source.path, f"like {first.source.path}"
-        require(result.ndim == like.ndim, f"{name} must be {like.ndim}D {as_first}, got {result.ndim}D")
+        require(
+            result.ndim == like.ndim,
+            f"{name} must be {like.ndim}D {as_first}, got {result.ndim}D; ndim={like.ndim} (--ndim {like.ndim}) leaves "
+            "such images out",
+        )
         require(
             result.channels == like.channels,
             f"{name} must have {like.channels} channels {as_first}, got {result.channels}",

@@ -40,10 +40,13 @@ class Piece(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Why there is no piece. unreadable: the file is no sound image, and others may well be."""
+    """Why there is no piece. unreadable: the file is no sound image, and others may well be. unwanted: it is one, of
+    another dimension than was asked for.
+    """
 
     text: str
-    unreadable: bool
+    unreadable: bool = False
+    unwanted: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Recipe:
     preprocessing: dict[str, Any]
     volume: int | None
     compression: str
+    ndim: int | None = None
 
     def key(self, source: Source) -> bytes:
         """128 bits of SHA-256 over the source, size and time of its files, and the recipe."""
@@ -64,17 +68,20 @@ class Recipe:
         if task.path.exists() and (piece := _look(task, kept=True)):
             return piece
         try:
-            sample = preprocess(read_source(task.source, volume=self.volume), self.preprocessing)
+            read = read_source(task.source, volume=self.volume)
+            if self.ndim not in (None, read.pixels.ndim - 1):
+                return Refusal(f"{task} is {read.pixels.ndim - 1}D", unwanted=True)
+            sample = preprocess(read, self.preprocessing)
             options: dict[str, Any] = {"preprocessing": self.preprocessing, "compression": self.compression}
             with ShardWriter(task.path, draft=True, overwrite=True, **options) as writer:
                 writer.add(sample)
         except Unreadable as error:
-            return Refusal(str(error), True)
+            return Refusal(str(error), unreadable=True)
         except InputError as error:
-            return Refusal(str(error), False)
+            return Refusal(str(error))
         except MemoryError:
-            return Refusal(f"{task} must fit into memory, found too little of it; fewer workers may do", False)
-        return _look(task, kept=False) or Refusal(f"{task.path} does not read back as it was written", False)
+            return Refusal(f"{task} must fit into memory, found too little of it; fewer workers may do")
+        return _look(task, kept=False) or Refusal(f"{task.path} does not read back as it was written")
 
 
 def _state(path: Path) -> tuple[str, int, int]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coverfast.checks import InputError, check_choice, require
+from coverfast.ingest.readers.decoded import Unreadable
 from coverfast.ingest.resample import resample_to, to_dtype
 from coverfast.samples import Original, Sample
 
@@ -111,7 +112,8 @@ def preprocess(sample: Sample, settings: dict[str, Any]) -> Sample:
     """Do to a sample as read what `settings`, of `preprocessing` or of a shard, say; the same again every time.
 
     The result keeps source, group and split; spacing and `original` say where its pixels lie. `raw` without a size
-    returns the sample. `InputError`: settings that are none, or a sample of another dimension than the preset's.
+    returns the sample. `InputError`: settings that are none; as `Unreadable`, a sample of another dimension than the
+    preset's, or one that has no pixels on the new grid or too many.
     """
     require(
         isinstance(settings, dict) and "preset" in settings and all(isinstance(key, str) for key in settings),
@@ -125,7 +127,8 @@ def _raw(sample: Sample, size: int | None) -> Sample:
     if size is None:
         return sample
     shape = sample.pixels.shape
-    require(len(shape) == 3, f"size is for 2D images, {sample.source} is {len(shape) - 1}D, shape {shape}")
+    if len(shape) != 3:
+        raise Unreadable(f"size is for 2D images, {sample.source} is {len(shape) - 1}D, shape {shape}")
     return _square(sample, size, "crop")
 
 
@@ -196,15 +199,15 @@ def _ct(sample: Sample, spacing: float, clip: Sequence[float]) -> Sample:
 
 
 def _check_ndim(sample: Sample, preset: str, ndim: int) -> None:
-    found = sample.pixels.ndim - 1
-    require(found == ndim, f"{sample.source} must be {ndim}D for the preset {preset}, got {found}D")
+    if (found := sample.pixels.ndim - 1) != ndim:
+        raise Unreadable(f"{sample.source} must be {ndim}D for the preset {preset}, got {found}D")
 
 
 def _on_grid(sample: Sample, size: Sequence[int], step: Sequence[float], origin: Sequence[float]) -> Sample:
     """The sample on another grid, see `resample_to`, with its spacing and place; lo and hi are as they were."""
     channels, ndim = len(sample.pixels), len(size)
     if channels * math.prod(size) > _LARGEST:
-        raise InputError(
+        raise Unreadable(
             f"{sample.source} must have at most {_LARGEST:,} pixels after preprocessing, "
             f"got {'x'.join(map(str, (channels, *size)))} with spacing {sample.spacing} mm"
         )
@@ -215,8 +218,11 @@ def _on_grid(sample: Sample, size: Sequence[int], step: Sequence[float], origin:
     darkest: Callable[[NDArray[Any]], Any] = np.max if sample.slope < 0 else np.min
     try:
         pixels = resample_to(sample.pixels, size, step, origin, fill=darkest)
-    except InputError as error:  # a strip thinner than a new pixel can lie between two of them
-        raise InputError(f"{sample.source}: {error}") from None
+    except InputError as error:
+        if isinstance(error.__cause__, ImportError):
+            raise
+        # A strip thinner than a new pixel can lie between two of them.
+        raise Unreadable(f"{sample.source}: {error}") from None
     to_old = np.diag([*step, 1.0])
     to_old[:ndim, ndim] = origin
     original = sample.original or Original(sample.pixels.shape[1:], np.eye(ndim + 1))
