@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coverfast.checks import require
+from coverfast.disk import byte_count
 from coverfast.ingest.presets import PRESETS, Parameter
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def merge(
 def _tell(report: BuildReport | MergeReport, notes: list[str]) -> None:
     first, last = report.paths[0], report.paths[-1]
     names = str(first) if len(report.paths) == 1 else f"{first} to {last.name}"
-    print(f"{names}: {', '.join([_samples(report.samples), _bytes(report.size_bytes), *notes])}")
+    print(f"{names}: {', '.join([_samples(report.samples), byte_count(report.size_bytes), *notes])}")
     if len(report.splits) > 1:
         parts = [
             f"{name} {_samples(samples)} of {groups} group" + "s" * (groups != 1)
@@ -255,7 +256,7 @@ def _facts(shard: Shard) -> Iterator[tuple[str, str]]:
     stored = [shard.dataset(i * count // len(looked)) for i in range(len(looked))]
     yield "chunks", ", ".join(sorted({"x".join(map(str, d.chunks or d.shape)) for d in stored})) + partly
     yield "compression", ", ".join(sorted({d.compression or "none" for d in stored})) + partly
-    yield "on disk", _bytes(shard.path.stat().st_size)
+    yield "on disk", byte_count(shard.path.stat().st_size)
     yield "content", shard.content_hash
     yield "preprocessing", ", ".join(f"{key} = {value}" for key, value in shard.preprocessing.items())
     names = [shard.source(i) for i in range(min(count, 3))]
@@ -343,12 +344,3 @@ def _span(ends: Iterator[str]) -> str:
 
 def _samples(count: int) -> str:
     return f"{count} sample" + "s" * (count != 1)
-
-
-def _bytes(count: int) -> str:
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -51,6 +51,15 @@ def explained(path: Path, done: str = "written") -> Iterator[None]:
         raise InputError(f"{path} cannot be {done}: {error.strerror or error}") from None
 
 
+def byte_count(count: float) -> str:
+    """For people: `1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
 def full_disk(path: Path) -> InputError:
     """The refusal of a full device, with the space that is left."""
     folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())

@@ -57,7 +57,7 @@ def test_report_progress_and_what_lies_in_the_shard(tmp_path):
     for stage in ("reading", "writing", "checking"):
         assert [call[1:] for call in calls if call[0] == stage][-3:] == [(1, 3), (2, 3), (3, 3)]
     assert re.fullmatch(
-        r"3 samples take about [\d,]+ bytes, 0 more while they are built; [\d,]{7,} bytes are free", notes[0]
+        r"3 samples take about [\d.]+ KiB, 0 B more while they are built; [\d.]+ [MGT]iB are free", notes[0]
     )
     assert [p.name for p in report.paths[0].parent.iterdir()] == ["s.h5"]
     with Shard(report.paths[0]) as shard:
@@ -232,7 +232,7 @@ def test_too_little_disk_is_known_beforehand(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000))
     with pytest.raises(
-        InputError, match=r"s.h5 must have about [\d,]+ bytes of disk to be built, got 50,000 bytes free"
+        InputError, match=r"s.h5 must have about [\d.]+ KiB of disk to be built, got 48.8 KiB free"
     ):
         build(folder, tmp_path / "s.h5")
     assert len(list((tmp_path / "s.h5.partial").rglob("*.h5"))) == 8

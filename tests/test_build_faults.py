@@ -433,7 +433,7 @@ def test_full_disk_then_more_space(tmp_path):
         out = tmp_path / "disk" / "s.h5"
         refused = run(tmp_path / "in", "--out", out, code=2)
         assert re.search(
-            r"s.h5 must have about [\d,]{7,} bytes of disk to be built, got [\d,]+ bytes free", refused.stderr
+            r"s.h5 must have about [\d.]+ MiB of disk to be built, got [\d.]+ [KM]iB free", refused.stderr
         )
         full = run(tmp_path / "in", "--out", out, "--no-disk-check", code=2)
         assert re.search(r"no space left on the device .* finished samples stay in .*s.h5.partial", full.stderr)

@@ -52,7 +52,7 @@ def test_build_info_verify(tmp_path, images):
     built = run("build", images, "--out", out)
     assert built.stderr == ""
     estimate, done = built.stdout.splitlines()
-    assert re.match(r"4 samples take about [\d,]+ bytes, ", estimate)
+    assert re.match(r"4 samples take about [\d.]+ KiB, 0 B more while they are built; ", estimate)
     assert done.startswith(f"{out}: 4 samples, ")
     assert done.endswith(", 1 other files ignored")
     assert run("verify", out).stdout == "sound: 4 samples\n"

@@ -419,12 +419,15 @@ def test_files_that_are_refused(tmp_path):
     (tmp_path / "pixels").write_bytes(whole[:-3])
     found = scan(tmp_path)
     assert len(found.refused) + found.ignored == 2
-    assert any(s.endswith("text.dcm cannot be read as DICOM: it does not begin with the preamble of a DICOM file")
+    assert any(s.endswith("text.dcm cannot be read as DICOM: its header is broken (InvalidDicomError)")
                for s in found.refused)  # fmt: skip
+    (tmp_path / "old.dcm").write_bytes(whole[132:])  # without preamble and mark, as files once were
+    (source,) = [s for s in scan(tmp_path).sources if s.path.name == "old.dcm"]
+    np.testing.assert_array_equal(read_source(source).pixels, np.zeros((1, 4, 4)))
     (source,) = found.sources
     with pytest.raises(Unreadable, match=r"pixels cannot be read as DICOM: .*less than expected"):
         read_source(source)
-    with pytest.raises(InputError, match=r"text.dcm cannot be read as DICOM: it does not begin"):
+    with pytest.raises(InputError, match=r"text.dcm cannot be read as DICOM: its header is broken"):
         find_sources(tmp_path / "text.dcm")
     mosaic = ct(0, 0, np.zeros((4, 4), np.int16), ImageType=["ORIGINAL", "PRIMARY", "MOSAIC"])
     save(tmp_path / "m" / "mosaic", mosaic)

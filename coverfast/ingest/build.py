@@ -14,6 +14,7 @@ import numpy as np
 
 from coverfast import __version__
 from coverfast.checks import InputError, check_choice, require
+from coverfast.disk import byte_count
 from coverfast.ingest.assembly import Advance, Report, Target, assemble
 from coverfast.ingest.files import PathLike, Source, scan
 from coverfast.ingest.partial import Partial, hold
@@ -280,11 +281,11 @@ def _check_disk(
     free = shutil.disk_usage(partial.folder).free
     size, need = round(mean * total), round(mean * total + (mean + _A_PIECE) * missing)
     tell(
-        f"{total:,} sample{'s' * (total != 1)} take about {size:,} bytes, {need - size:,} more while they are built; "
-        f"{free:,} bytes are free"
+        f"{total:,} sample{'s' * (total != 1)} take about {byte_count(size)}, {byte_count(need - size)} more while they "
+        f"are built; {byte_count(free)} are free"
     )
     require(
         need <= free or not check,
-        f"{out} must have about {need:,} bytes of disk to be built, got {free:,} bytes free; disk_check=False "
-        "(--no-disk-check) starts all the same",
+        f"{out} must have about {byte_count(need)} of disk to be built, got {byte_count(free)} free; "
+        "disk_check=False (--no-disk-check) starts all the same",
     )

@@ -95,8 +95,8 @@ def scan(
 ) -> Scan:
     """The images among `paths`: files as they are, folders with all below them, sorted by name.
 
-    Hidden files are passed over, a file met twice counts once. Files with a suffix of DICOM, or one that stands for
-    no image, count as DICOM where they begin like it; their headers are read and sorted into series, across folders
+    Hidden files are passed over, a file met twice counts once. Files with a suffix of DICOM, and others that are of no
+    known kind and begin like it, count as DICOM; their headers are read and sorted into series, across folders
     (`readers.series.find_series`). group: a regular expression searched in the names; its first group, or else the
     whole match, is the source's group. Without it that is the "sub-..." of BIDS, where a name has it. DICOM files
     are grouped by the patient that their tags name, whatever `group` says. progress: called with (headers read, files
@@ -118,10 +118,8 @@ def scan(
         images = 0
         for name, file in entries:
             kind = _kind(name)
-            if kind in ("", "DICOM") and _is_dicom(file):
+            if kind == "DICOM" or (kind == "" and _is_dicom(file)):
                 target = dicom
-            elif kind == "DICOM":
-                target = None
             elif kind:
                 target = found
             else:
@@ -136,10 +134,7 @@ def scan(
             if absolute in known:
                 continue
             known.add(absolute)
-            if target is None:
-                refused.append(f"{file} cannot be read as DICOM: it does not begin with the preamble of a DICOM file")
-            else:
-                target.append((name, file))
+            target.append((name, file))
         require(images > 0, f"{path} must hold images ({', '.join(KINDS)}), found none among {len(entries)} files")
     del known
     sources = [Source(Path(file), name, _group(pattern, name)) for name, file in found]

@@ -28,7 +28,7 @@ MARKS = (
     *("FrameReferenceTime", "DiffusionBValue", "DiffusionGradientOrientation", "FlipAngle", "InversionTime"),
     *("ComplexImageComponent", "ImageType", "FrameType", "StackID"),
 )
-_IDENTITY = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "PatientName")
+_IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "PatientName")
 _GEOMETRY = (
     *("Modality", "Rows", "Columns", "NumberOfFrames", "ImagePositionPatient", "ImageOrientationPatient"),
     *("PixelSpacing", "ImagerPixelSpacing", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
@@ -153,7 +153,11 @@ def _load(path: str, *, pixels: bool) -> Any:
     tags = [*_IDENTITY, *_GEOMETRY, *MARKS, *(_PIXELS if pixels else ())]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they quote odd values, names among them
-        return pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags)
+        # Old files lack the preamble. Forced, anything can be read as tags: what is no DICOM says no class.
+        ds = pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags, force=True)
+    if not ds.get("SOPClassUID"):
+        raise pydicom.errors.InvalidDicomError("no SOPClassUID")
+    return ds
 
 
 def _slices(ds: Any, path: str) -> list[Slice]:
