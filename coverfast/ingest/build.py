@@ -281,8 +281,8 @@ def _check_disk(
     free = shutil.disk_usage(partial.folder).free
     size, need = round(mean * total), round(mean * total + (mean + _A_PIECE) * missing)
     tell(
-        f"{total:,} sample{'s' * (total != 1)} take about {byte_count(size)}, {byte_count(need - size)} more while they "
-        f"are built; {byte_count(free)} are free"
+        f"{total:,} sample{'s' * (total != 1)} take about {byte_count(size)}, {byte_count(need - size)} more while "
+        f"they are built; {byte_count(free)} are free"
     )
     require(
         need <= free or not check,
