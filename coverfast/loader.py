@@ -266,7 +266,7 @@ def load_batches(
     yield from sound if device is None else _ahead(sound, device)
 
 
-def _as_it_is(batch: Images | InputError) -> Images | InputError:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -275,7 +275,8 @@ def _sound(loader: Iterable[Images | InputError]) -> Iterator[Images]:
         for batch in loader:
             if isinstance(batch, InputError):
                 raise batch
-            yield batch._replace(**{name: torch.from_numpy(getattr(batch, name)) for name in _SMALL})
+            small: dict[str, Any] = {name: torch.from_numpy(getattr(batch, name)) for name in _SMALL}
+            yield batch._replace(**small)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

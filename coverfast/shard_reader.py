@@ -279,7 +279,7 @@ class Shard:
             space, dtype = dataset.get_space(), dataset.dtype
             if space.shape != (self.channels, *whole) or dtype.name not in DTYPES:
                 self.info(i)  # says what is wrong
-            out = []
+            out: list[NDArray[Any]] = []
             for region in regions:
                 start, shape = _extent(region, whole)
                 shape = (self.channels, *shape)

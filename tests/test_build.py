@@ -231,9 +231,7 @@ def test_too_little_disk_is_known_beforehand(tmp_path, monkeypatch):
     folder = patients(tmp_path / "in")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000))
-    with pytest.raises(
-        InputError, match=r"s.h5 must have about [\d.]+ KiB of disk to be built, got 48.8 KiB free"
-    ):
+    with pytest.raises(InputError, match=r"s.h5 must have about [\d.]+ KiB of disk to be built, got 48.8 KiB free"):
         build(folder, tmp_path / "s.h5")
     assert len(list((tmp_path / "s.h5.partial").rglob("*.h5"))) == 8
     assert build(folder, tmp_path / "s.h5", disk_check=False).kept == 8

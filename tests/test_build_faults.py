@@ -432,9 +432,7 @@ def test_full_disk_then_more_space(tmp_path):
     with small_disk(tmp_path / "disk") as remount:
         out = tmp_path / "disk" / "s.h5"
         refused = run(tmp_path / "in", "--out", out, code=2)
-        assert re.search(
-            r"s.h5 must have about [\d.]+ MiB of disk to be built, got [\d.]+ [KM]iB free", refused.stderr
-        )
+        assert re.search(r"s.h5 must have about [\d.]+ MiB of disk to be built, got [\d.]+ [KM]iB free", refused.stderr)
         full = run(tmp_path / "in", "--out", out, "--no-disk-check", code=2)
         assert re.search(r"no space left on the device .* finished samples stay in .*s.h5.partial", full.stderr)
         finished = len(pieces(out))
