@@ -50,7 +50,8 @@ def run_pretraining(ready: Pretraining) -> None:
     told = len(ready.notes)
     print(
         f"{s.preset}: iterations {ready.first} to {s.iterations}, batch {s.batch}, crop {'x'.join(map(str, s.crop))}, "
-        f"{len(ready.shards)} sample(s) of {_first_of(ready.shards.paths)}, on {ready.device}"
+        f"{len(ready.shards)} sample(s) of {_first_of(ready.shards.paths)} (split {ready.shards.split}), "
+        f"{len(ready.val) if ready.val else 0} held out, on {ready.device}"
     )
     started = time.monotonic()
     try:
