@@ -142,9 +142,9 @@ def images(problem: Problem) -> Iterator[Array]:
         yield (image * top).round().astype(problem.dtype)[None]
 
 
-def write_shard(path: Path, problem: Problem, compression: str = "auto") -> Path:
+def write_shard(path: Path, problem: Problem) -> Path:
     """The images of a problem as a shard."""
-    with ShardWriter(path, preprocessing={}, compression=compression) as writer:
+    with ShardWriter(path, preprocessing={}) as writer:
         for number, pixels in enumerate(images(problem)):
             spacing = (1.0,) * len(problem.size)
             writer.add(Sample(pixels, 1.0, 0.0, 0.0, float(pixels.max()), spacing, str(number)))

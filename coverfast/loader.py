@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from coverfast.checks import InputError, check_choice, per_axis, require
 from coverfast.geometry import Size
-from coverfast.philox import STREAM_CROP, permutation, scalar_uniform
+from coverfast.philox import STREAM_CROP, STREAM_SPARE, permutation, scalar_uniform
 from coverfast.samples import ON_BAD_SAMPLE
 from coverfast.shard_reader import Allocate
 from coverfast.shard_set import PathLike, ShardSet
@@ -67,6 +67,8 @@ class Images(NamedTuple):
     bad: list[str]
 
 
+#: So many other samples are tried in the place of one that cannot be read.
+_ATTEMPTS = 100
 _SMALL = ("extents", "corner", "sizes", "scaling", "samples", "indices")
 
 
@@ -76,7 +78,8 @@ class ImageStream(Dataset[Images | InputError]):
     data: the samples. batch: images an iteration over all ranks. regions: which part of each is read. crops: how
     often in a row a sample is visited, its chunks then being read once. rank, world: this process and how many there
     are; each sees its own `batch / world` of every batch. on_bad_sample: "skip" replaces a sample that cannot be read
-    by the next in the set that can, and says so in `Images.bad`.
+    by others, drawn for its place in the stream, and says so in `Images.bad`. least: images are filled with zeros at
+    the high end to at least this size.
     """
 
     def __init__(
@@ -90,15 +93,19 @@ class ImageStream(Dataset[Images | InputError]):
         rank: int = 0,
         world: int = 1,
         on_bad_sample: str = "stop",
+        least: tuple[int, ...] = (),
     ) -> None:
-        require(batch >= 1 and crops >= 1, f"batch and crops must be at least 1, got {batch} and {crops}")
+        for name, value, bound in (("batch", batch, 2**32), ("crops", crops, 2**32), ("world", world, 2**32)):
+            fits = isinstance(value, int) and 1 <= value < bound
+            require(fits, f"{name} must be an int of at least 1, got {value!r}")
+        require(isinstance(seed, int) and 0 <= seed < 2**64, f"seed must be an int in [0, 2^64), got {seed!r}")
         require(
             0 <= rank < world and batch % world == 0,
             f"batch must be divisible by the number of processes, got {batch} and {world}",
         )
         check_choice("on_bad_sample", on_bad_sample, ON_BAD_SAMPLE)
         self.data, self.batch, self.seed, self.regions, self.crops = data, batch, seed, regions, crops
-        self.rank, self.world, self.on_bad_sample = rank, world, on_bad_sample
+        self.rank, self.world, self.on_bad_sample, self.least = rank, world, on_bad_sample, least
         self._epoch, self._order = -1, torch.empty(0)
 
     def index(self, position: int) -> int:
@@ -128,13 +135,15 @@ class ImageStream(Dataset[Images | InputError]):
         """Read the parts of the chosen samples that the positions `samples` of an iteration's batch need."""
         chosen, bad = chosen.copy(), []
         ends = self.regions(self.seed, iteration, samples, self.data.sizes[chosen])
-        together = _Together(len(samples), ends)
+        together = _Together(len(samples), ends, self.least)
         parts: dict[int, NDArray[Any]] = {}
         for index in dict.fromkeys(chosen.tolist()):
             slots = np.flatnonzero(chosen == index)
-            for attempt in range(len(self.data)):
+            for attempt in range(_ATTEMPTS):
                 if attempt:
-                    chosen[slots] = (index + attempt) % len(self.data)
+                    # Drawn, not the next one: that would be seen for all the lost ones before it.
+                    u = scalar_uniform(self.seed, STREAM_SPARE, iteration, samples[slots[:1]], attempt)[0, -1]
+                    chosen[slots] = int(u * len(self.data))
                     ends[slots] = self.regions(self.seed, iteration, samples[slots], self.data.sizes[chosen[slots]])
                 try:
                     boxes = [[slice(a, b) for a, b in box] for box in ends[slots].tolist()]
@@ -146,7 +155,7 @@ class ImageStream(Dataset[Images | InputError]):
                         raise
                     bad.append(str(error))
             else:
-                raise InputError(f"at least 1 sample must be readable, got none of {len(self.data)}: {bad[-1]}")
+                raise InputError(f"one sample in {_ATTEMPTS} must be readable, got none: {bad[-1]}")
         corner, extents = np.ascontiguousarray(ends[..., 0]), ends[..., 1] - ends[..., 0]
         ordered = [parts[slot] for slot in range(len(samples))]
         images, scaling = together.stack(ordered, extents, self.data.scaling[chosen])
@@ -161,10 +170,15 @@ class _Together:
     Its size and type are those of the first sample read: one that does not fit gets memory of its own.
     """
 
-    def __init__(self, count: int, ends: NDArray[np.int64]) -> None:
-        self.count, self.shape = count, tuple((ends[..., 1] - ends[..., 0]).max(0).tolist())
+    def __init__(self, count: int, ends: NDArray[np.int64], least: tuple[int, ...]) -> None:
+        self.count, self.least = count, least
+        self.shape = self._size(ends[..., 1] - ends[..., 0])
         self.images: Tensor | None = None
         self.slots: NDArray[Any] = np.empty(0)
+
+    def _size(self, extents: NDArray[np.int64]) -> tuple[int, ...]:
+        size = extents.max(0)
+        return tuple((np.maximum(size, self.least) if self.least else size).tolist())
 
     def room(self, slots: Sequence[int]) -> Allocate:
         def allocate(number: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -185,7 +199,7 @@ class _Together:
             return self.images, scaling
         several = len({part.dtype for part in parts}) > 1
         dtype = np.dtype(np.float32) if several else parts[0].dtype
-        images = _zeros((self.count, parts[0].shape[0], *extents.max(0).tolist()), dtype)
+        images = _zeros((self.count, parts[0].shape[0], *self._size(extents)), dtype)
         for slot, part, extent, row in zip(images.numpy(), parts, extents.tolist(), scaling, strict=True):
             inside = (slice(None), *map(slice, extent))
             found = part[inside]
@@ -252,14 +266,19 @@ def load_batches(
     choice. On a GPU the next batch is copied from pinned memory while this one is worked on. `InputError`: a sample
     that cannot be read, unless the stream skips it, and a reading process that died.
     """
+    fits = isinstance(first, int) and first >= 1 and (last is None or isinstance(last, int))
+    require(fits, f"first must be an int of at least 1 and last an int or None, got {first!r} and {last!r}")
+    require(isinstance(workers, int) and workers >= 0, f"workers must be an int of at least 0, got {workers!r}")
     device = None if device is None else torch.device(device)
+    gpu = device is not None and device.type == "cuda"
+    require(not gpu or torch.cuda.is_available(), f"device must be one that is there, but torch finds no GPU: {device}")
     loader = DataLoader(
         stream,
         batch_size=None,
         collate_fn=_as_it_is,
         sampler=_Iterations(first, last),
         num_workers=workers,
-        pin_memory=device is not None and device.type == "cuda",
+        pin_memory=gpu,
         multiprocessing_context=start_method if workers else None,
     )
     sound = _sound(loader)
@@ -281,7 +300,8 @@ def _sound(loader: Iterable[Images | InputError]) -> Iterator[Images]:
         if "DataLoader worker" not in str(error):
             raise
         raise InputError(
-            f"reading processes must live as long as the run, but one was killed (too little memory?): {error}"
+            "reading processes must live as long as the run, but one ended (too little memory, or a script without "
+            f"`if __name__ == '__main__':`?): {error}"
         ) from error
 
 
@@ -332,11 +352,13 @@ def crop_loader(
     smaller images zero-filled. Begin at `first` to go on where another run stopped.
     """
     shards = ShardSet(data, split)
+    size = per_axis("crop", crop, shards.ndim)
     stream = ImageStream(
         shards,
         batch=batch,
         seed=seed,
-        regions=RandomCrops(per_axis("crop", crop, shards.ndim)),
+        regions=RandomCrops(size),
+        least=size,
         crops=crops,
         rank=rank,
         world=world,

@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import math
 import os
 import uuid
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +55,7 @@ __all__ = [
     "verify",
 ]
 
-COMPRESSIONS = ("auto", "none", "gzip")
+COMPRESSIONS = ("none", "gzip")
 # More than the HDF5 metadata of one sample, its links and the index can take.
 _SLACK = 1 << 20
 # By measurement, bench/results/data-*.json: large enough to spare HDF5 its time a chunk, small enough for a crop.
@@ -69,7 +67,7 @@ class ShardWriter:
 
     ndim: 2 or 3. channels: of every sample. None takes them from the first sample. preprocessing: a JSON-able dict
     that downstream can repeat. progress: called with (done, total) while the finished file is checked. compression:
-    "gzip" (level 1), "none", or "auto": gzip for volumes of which it leaves less than a third. draft: neither
+    "none", or "gzip" (level 1), which makes smaller files that are read more slowly. draft: neither
     read back nor synced to the disk, for a file that is only on its way into another shard.
 
     The file grows under a temporary name in the target folder (missing folders are made). Leaving the block
@@ -87,7 +85,7 @@ class ShardWriter:
         preprocessing: dict[str, Any],
         overwrite: bool = False,
         progress: Progress | None = None,
-        compression: str = "auto",
+        compression: str = "none",
         draft: bool = False,
     ) -> None:
         require(ndim in (None, 2, 3), f"ndim must be 2 or 3, got {ndim!r}")
@@ -169,23 +167,30 @@ class ShardWriter:
             self._encode(stored, sample, sha256)
             self._note(sample, stored.shape, sha256)
 
-    def copy(self, shard: Shard, index: int, *, split: str | None = None) -> None:
-        """Append a sample of another shard, its chunks as they are stored, under the same or another `split`.
+    def copy(self, shard: Shard, index: int, *, split: str | None = None, group: str | None = None) -> None:
+        """Append a sample of another shard, its chunks as they are stored, in the same or another `split` and `group`.
 
         Nothing is decoded here: a damaged chunk shows when the finished file is read back.
         """
         self._check_open()
         info = shard.info(index)
-        info = info if split is None else info._replace(split=split)
+        changed = group is not None and group != info.group
+        info = info._replace(split=info.split if split is None else split, group=info.group if group is None else group)
         check_metadata(info, shard.ndim)
+        fits = "\0" not in info.group and len(encoded(info.group)) <= LONGEST_TEXT
+        require(fits, f"group must be at most {LONGEST_TEXT} bytes without NUL, got {info.group!r:.80}")
         self._check_like_first(info.shape, info.source)
         dataset = shard.dataset(index)
         if not (dataset.chunks and dataset.fletcher32 and dataset.dtype.str[0] in "<|"):
-            self.add(replace(shard.read(index), split=info.split))
+            self.add(replace(shard.read(index), split=info.split, group=info.group))
             return
         with self._writing():
             self._reserve(dataset.id.get_storage_size())
             self._samples.copy(dataset, self._samples, f"{len(self):08d}")
+            if changed:
+                copied = self._samples[f"{len(self):08d}"]
+                del copied.attrs["group"]  # h5py would write over it by way of a random name, which may stay in the file
+                self._put_text(copied, "group", encoded(info.group))
             self._note(info, info.shape, info.sha256)
 
     def _check_open(self) -> None:
@@ -216,8 +221,8 @@ class ShardWriter:
         count = stored.shape[0] * math.prod(-(-s // c) for s, c in zip(stored.shape[1:], chunks[1:], strict=True))
         # Deflate may add a few bytes to a chunk that does not compress; the index takes some more.
         self._reserve(count * (math.prod(chunks) * stored.itemsize * 1001 // 1000 + 256))
-        packed = self._compression == "gzip" or (self._compression == "auto" and _pays(stored, chunks))
-        squeeze = {"compression": "gzip", "compression_opts": 1, "shuffle": stored.itemsize > 1} if packed else {}
+        packed = {"compression": "gzip", "compression_opts": 1, "shuffle": stored.itemsize > 1}
+        squeeze = packed if self._compression == "gzip" else {}
         # All attributes in the object header: eight is where HDF5 would move them to a heap.
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_attr_phase_change(16, 12)
@@ -319,19 +324,6 @@ def chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Chunks of an image `(C, *S)`: one channel, as even along each axis as sides of at most `_EDGE` allow."""
     edge = _EDGE[len(shape) - 1]
     return (1, *(-(-s // -(-s // edge)) for s in shape[1:]))
-
-
-def _pays(stored: NDArray[Any], chunks: tuple[int, ...]) -> bool:
-    """Whether a volume is worth its decoding: what gzip cannot shrink to a third, it also inflates slowly."""
-    if stored.ndim < 4:
-        return False
-    starts = list(itertools.product(*(range(0, s, c) for s, c in zip(stored.shape, chunks, strict=True))))
-    raw = packed = 0
-    for start in starts[:: -(-len(starts) // 16)]:
-        part = stored[tuple(slice(a, a + c) for a, c in zip(start, chunks, strict=True))]
-        shuffled = part.reshape(-1).view(np.uint8).reshape(-1, part.itemsize).T.tobytes()
-        raw, packed = raw + len(shuffled), packed + len(zlib.compress(shuffled, 1))
-    return 3 * packed < raw
 
 
 def _allocate(descriptor: int, start: int, count: int) -> None:

@@ -399,7 +399,7 @@ def test_regions_and_copies(tmp_path_factory, data, shape):
 def test_a_copy_is_stored_as_an_image_added(tmp_path, shard_file):
     smooth = np.arange(40 * 50 * 60).reshape(1, 40, 50, 60) // 900
     volumes = [image(f"{i}", pixels=(smooth + i).astype(np.int16), spacing=(1.0,) * 3) for i in range(2)]
-    whole = write(tmp_path / "whole.h5", volumes)
+    whole = write(tmp_path / "whole.h5", volumes, compression="gzip")
     with Shard(whole) as shard, ShardWriter(tmp_path / "copy.h5", preprocessing={"preset": "raw"}) as writer:
         writer.copy(shard, 0)
         writer.copy(shard, 1)
@@ -414,23 +414,14 @@ def test_a_copy_is_stored_as_an_image_added(tmp_path, shard_file):
             writer.copy(shard, 0)
 
 
-@pytest.mark.parametrize(
-    ("asked", "shape", "smooth", "packed"),
-    [
-        ("auto", (1, 90, 80, 70), True, True),
-        ("auto", (1, 90, 80, 70), False, False),
-        ("gzip", (1, 90, 80, 70), False, True),
-        ("none", (1, 90, 80, 70), True, False),
-        ("auto", (1, 90, 80), True, False),
-        ("gzip", (1, 90, 80), True, True),
-    ],
-)
-def test_compression(tmp_path, asked, shape, smooth, packed):
-    pixels = np.full(shape, 7, np.int16) if smooth else image("x", shape, "int16").pixels
-    path = write(tmp_path / "x.h5", [image("x", pixels=pixels, spacing=(1.0,) * (len(shape) - 1))], compression=asked)
+@pytest.mark.parametrize("asked", ["none", "gzip"])
+@pytest.mark.parametrize("shape", [(1, 90, 80, 70), (1, 90, 80)])
+def test_compression(tmp_path, asked, shape):
+    path = write(tmp_path / "x.h5", [image("x", shape, "int16")], compression=asked)
     with Shard(path) as shard:
-        assert shard.dataset(0).compression == ("gzip" if packed else None)
-        np.testing.assert_array_equal(shard.read(0).pixels, pixels)
+        dataset = shard.dataset(0)
+        assert (dataset.compression, dataset.shuffle) == (("gzip", True) if asked == "gzip" else (None, False))
+        np.testing.assert_array_equal(shard.read(0).pixels, image("x", shape, "int16").pixels)
     with pytest.raises(InputError, match="compression"):
         ShardWriter(tmp_path / "y.h5", preprocessing={}, compression="zip")
 

@@ -317,8 +317,9 @@ def _torch_backward(
     low, part, sloped = _cells(x, dvf, padding)
     for bits, flat, weights, inside in _corners(low, part, x.shape[2:], skip_empty=False):
         if to_x:
-            weight = _product(weights).mul_(inside).unsqueeze(1).to(dtype)
-            _scatter(dx, flat, g * weight)
+            # Not weight 0 outside the grid: a gradient that overflowed there would leave NaN inside.
+            weight = _product(weights).unsqueeze(1).to(dtype)
+            _scatter(dx, flat, (g * weight).masked_fill_(~inside.unsqueeze(1), 0))
         if to_dvf:
             # d(out)/d(c_i) of this corner: its value times plus or minus the weights along the other axes.
             values = source.gather(2, _rows(flat, channels)).to(dtype)
