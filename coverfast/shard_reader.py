@@ -46,6 +46,7 @@ def reason(error: BaseException) -> str:
     """What an exception says, as part of a sentence."""
     number = getattr(error, "errno", None)
     text = os.strerror(number) if number else str(error.args[0] if error.args else type(error).__name__)
+    text = text.replace("filter returned failure", "a checksum or filter failed")
     return " ".join(text.split())[:200]
 
 
@@ -245,6 +246,12 @@ class Shard:
         dataset, i = self.dataset(index), operator.index(index)
         with _naming(f"{self.path}: sample {i}"):
             return _string(dataset.attrs["source"])
+
+    def identity(self, index: int) -> tuple[str, str]:
+        """SHA-256 of the pixels of sample `index`, as the shard says it, and its group."""
+        dataset, i = self.dataset(index), operator.index(index)
+        with _naming(f"{self.path}: sample {i}"):
+            return _string(dataset.attrs["sha256"]), _string(dataset.attrs["group"])
 
     def read(self, index: int, region: Region | None = None) -> Sample:
         """Sample `index`, or the part of it inside `region`, a slice with start and stop along each axis of S.

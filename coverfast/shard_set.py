@@ -59,8 +59,8 @@ class ShardSet:
     shards, whatever the split.
 
     Pickles by path; handles survive neither fork nor pickling, each process opens its own. `InputError`: see
-    `find_shards` and `Shard`; shards that differ in dimension, channels or preprocessing, or hold the same samples; a
-    split without samples; a file that was replaced meanwhile.
+    `find_shards` and `Shard`; shards that differ in dimension, channels or preprocessing, or are the same by their
+    content; a split without samples; a file that was replaced meanwhile.
     """
 
     def __init__(self, paths: PathLike | Sequence[PathLike], split: str = "train", *, open_files: int = 16) -> None:
@@ -141,6 +141,11 @@ class ShardSet:
         """The source name of sample `index`."""
         shard, sample = self._where[index].tolist()
         return self._handle(shard).source(sample)
+
+    def identity(self, index: int) -> tuple[str, str]:
+        """SHA-256 of the pixels of sample `index` and its group, see `Shard.identity`."""
+        shard, sample = self._where[index].tolist()
+        return self._handle(shard).identity(sample)
 
     def read(self, index: int, region: Region | None = None) -> Sample:
         """Sample `index` or a region of it, see `Shard.read`."""

@@ -295,6 +295,25 @@ def test_many_shards_give_their_train_split_and_are_validated_on_their_val_split
         library.resume({"run": str(run.folder), "iterations": 4})
 
 
+def test_what_shards_share_is_told(tmp_path: Path) -> None:
+    def make(name: str, images: str) -> str:
+        with ShardWriter(tmp_path / f"{name}.h5", ndim=2, preprocessing={}) as writer:
+            for i, (letter, split) in enumerate(images.split(":")):
+                pixels = np.random.default_rng(ord(letter)).integers(0, 255, (1, 48, 48), np.uint8)
+                said = {"source": f"{name}/{i}", "group": f"p{letter}", "split": "val" if split == "v" else "train"}
+                writer.add(Sample(pixels, 1.0, 0.0, 0.0, 255.0, (1.0, 1.0), **said))
+        return str(tmp_path / f"{name}.h5")
+
+    flags = {**TINY, "preset": "small-2d", "strength": 0.1}
+    apart = library.plan({**flags, "data": [make("a", "at:bt:cv"), make("b", "dt:ev")]})
+    assert apart.notes == []
+    notes = library.plan({**flags, "data": [make("c", "at:bt:cv"), make("d", "at:cv:bv")]}).notes
+    assert notes[0] == "warning: 1 of 3 samples have the pixels of another one"
+    assert notes[1].startswith("warning: 1 of 3 held-out samples are learned from: d/2 of ")
+    assert notes[1].endswith(f"has the pixels of c/1 of {tmp_path / 'c.h5'}")
+    assert notes[2].startswith("warning: 1 group(s) are both learned from and held out, pb for one")
+
+
 def test_a_sample_that_breaks_stops_the_run_by_name_or_is_skipped(tmp_path: Path) -> None:
     data = make_shard(tmp_path / "small.h5", count=4)
     with Shard(data) as opened:

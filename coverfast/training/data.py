@@ -30,6 +30,38 @@ def held_out(
     return batches((to_device(stream.gather(0, p, p), device) for p in parts), stream.seed, on_bad)
 
 
+def overlaps(learned: ShardSet, held: ShardSet | None) -> list[str]:
+    """What several shards have in common that they should not: images met twice, or both learned from and held out.
+
+    Sentences to warn with. One shard by itself is known to be drawn without; a set of 100,000 samples takes seconds.
+    """
+    if len({*learned.paths, *(held.paths if held else ())}) == 1:
+        return []
+    first: dict[str, int] = {}
+    groups: set[str] = set()
+    twice = 0
+    for index in range(len(learned)):
+        digest, group = learned.identity(index)
+        twice += first.setdefault(digest, index) != index
+        groups.add(group)
+    notes = [f"warning: {twice} of {len(learned)} samples have the pixels of another one"] if twice else []
+    both = [(i, *held.identity(i)) for i in range(len(held))] if held else []
+    known = [(i, first[digest]) for i, digest, _ in both if digest in first]
+    if held and known:
+        i, same = known[0]
+        notes.append(
+            f"warning: {len(known)} of {len(held)} held-out samples are learned from: {held.source(i)} of "
+            f"{held.place(i)[0]} has the pixels of {learned.source(same)} of {learned.place(same)[0]}"
+        )
+    people = (groups & {group for _, _, group in both}) - {""}
+    if people:
+        notes.append(
+            f"warning: {len(people)} group(s) are both learned from and held out, {min(people)} for one: if they are "
+            f"the same people, held-out figures say too much"
+        )
+    return notes
+
+
 def check_fits(shards: ShardSet, crop: tuple[int, ...], *, pad: bool) -> None:
     """Refuse a crop larger than a sample, by name, unless it is to be padded."""
     if pad:

@@ -21,7 +21,7 @@ from coverfast.ops.dispatch import OPS, choose
 from coverfast.pyramid import VectorPyramid
 from coverfast.samples import SPLITS
 from coverfast.shard_set import ShardSet
-from coverfast.training.data import batches, check_fits, held_out
+from coverfast.training.data import batches, check_fits, held_out, overlaps
 from coverfast.training.loop import Record, Schedule, train
 from coverfast.training.runs import Run, check_new_folder, provenance
 from coverfast.training.settings import (
@@ -55,7 +55,7 @@ class Pretraining:
     first: int
     notes: list[str]
     origin: dict[str, Any] = field(default_factory=dict)
-    bad: list[str] = field(default_factory=list)
+    bad: dict[str, None] = field(default_factory=dict)
     on_note: Callable[[str], None] = print
 
     def start(self, on_step: Callable[[Record], None] = lambda record: None) -> Run:
@@ -110,7 +110,7 @@ class Pretraining:
     def _skipped(self, reason: str) -> None:
         """Tell once of every sample that was replaced."""
         if reason not in self.bad:
-            self.bad.append(reason)
+            self.bad[reason] = None
             self.on_note(f"skipped: {reason}")
 
     def _held_out(self) -> Any:
@@ -164,6 +164,7 @@ def plan(flags: Mapping[str, Any], config: str | Path | None = None) -> Pretrain
         notes.append(f"preset {preset}, for a {shards.ndim}D shard on a {'GPU' if size == 'paper' else 'CPU'}")
     settings = resolve(preset, from_file, flags, places)
     ready = _assemble(settings, shards, notes)
+    ready.notes += overlaps(ready.shards, ready.val)
     _warn_of_little_overlap(ready)
     return ready
 
