@@ -67,6 +67,8 @@ class Images(NamedTuple):
     bad: list[str]
 
 
+#: Pixels whose float64 form stays in a core's cache.
+_CACHED = 1 << 15
 #: So many other samples are tried in the place of one that cannot be read.
 _ATTEMPTS = 100
 _SMALL = ("extents", "corner", "sizes", "scaling", "samples", "indices")
@@ -224,9 +226,18 @@ def to_unit_range(stored: Tensor, scaling: Tensor | NDArray[np.float64]) -> Tens
     slope, intercept, lo, hi = np.asarray(scaling, np.float64).T
     flat = hi <= lo
     factors = np.stack([np.where(flat, 0.0, slope), np.where(flat, 0.0, intercept - lo), np.where(flat, 1.0, hi - lo)])
-    on_device = torch.from_numpy(factors).to(stored.device, non_blocking=True)
-    slope_, shift, span = on_device.reshape(3, -1, *[1] * (stored.ndim - 1)).unbind()
-    return stored.double().mul_(slope_).add_(shift).div_(span).clamp_(0, 1).float()
+    if stored.is_cuda:
+        on_device = torch.from_numpy(factors).to(stored.device, non_blocking=True)
+        slope_, shift, span = on_device.reshape(3, -1, *[1] * (stored.ndim - 1)).unbind()
+        return stored.double().mul_(slope_).add_(shift).div_(span).clamp_(0, 1).float()
+    # A cache full at a time: float64 of the whole batch would go through memory five times.
+    out = torch.empty(stored.shape)
+    numbers = zip(stored.flatten(1), out.view(len(out), -1), *factors.tolist(), strict=True)
+    for image, result, a, b, c in numbers:
+        for start in range(0, len(image), _CACHED):
+            part = image[start : start + _CACHED].double().mul_(a).add_(b).div_(c)
+            result[start : start + _CACHED] = part.clamp_(0, 1)
+    return out
 
 
 def to_device(batch: Images, device: torch.device) -> Images:
