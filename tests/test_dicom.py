@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import random
 import shutil
@@ -191,10 +192,22 @@ def test_a_mixed_tree(tmp_path):
     assert groups["a1"] == groups["a2"] == "patient-" + min(sha(uid("a1")), sha(uid("a2")))
     assert groups["b1"] == radiograph.group == "patient-" + min(sha(uid("b1")), sha(uid("x")))
     assert len(samples) == 5
-    # The tags win over a pattern for names, which DICOM does not have.
-    grouped = scan(tmp_path, group="array").sources
-    assert {s.group for s in grouped if s.kind == "DICOM"} == set(groups.values())
-    assert [s.group for s in grouped if s.kind == "npy"] == ["array"]
+
+
+def test_a_pattern_for_names_wins_over_the_patient(tmp_path):
+    """As where all was anonymised to one PatientID; what matched may be a name, and is not kept."""
+    for person in ("Roe", "Doe"):
+        stack(tmp_path / "in" / person / "one", 3, series=f"{person}1")
+        stack(tmp_path / "in" / person, 4, series=f"{person}2")
+    assert len({s.group for s in scan(tmp_path / "in").sources}) == 1
+    found = scan(tmp_path / "in", group="^in/([^/]+)/").sources
+    assert {(s.path.relative_to(tmp_path).parts[1], s.group) for s in found} == {
+        (person, f"patient-{sha(person)}") for person in ("Roe", "Doe")
+    }
+    assert not any("oe" in s.name + s.group for s in found)
+    save(tmp_path / "in" / "lonely.dcm", ct(0, 0, np.zeros((4, 4), np.int16), series="x"))
+    with pytest.raises(InputError, match=r"group must match every name, got no match in in/lonely\.dcm"):
+        scan(tmp_path / "in", group="^in/([^/]+)/")
 
 
 def _made(path):
@@ -231,6 +244,29 @@ def test_missing_slices_are_refused(tmp_path, skip, where):
     found.sources[0].files[1].unlink()
     with pytest.raises(Unreadable, match="No such file"):
         read_source(found.sources[0])
+
+
+@pytest.mark.parametrize("said", [2.5, 1.667, 1.25, 0.8])
+def test_every_other_slice_missing_is_refused(tmp_path, said):
+    """Evenly spaced, and not as the headers say; 0.8 and 1.25 mm may be the gap between edges."""
+    stack(tmp_path, 9, skip=range(1, 9, 2), SpacingBetweenSlices=said)
+    found = scan(tmp_path)
+    if said < 1.5:
+        assert (len(found.sources), found.refused) == (1, [])
+    else:
+        (sentence,) = found.refused
+        assert f"they lie 5 mm apart, expected {said} mm (SpacingBetweenSlices)" in sentence
+
+
+def test_spacings_between_slices_that_say_nothing(tmp_path):
+    stack(tmp_path / "as said", 5, series="0", SpacingBetweenSlices=2.5)
+    stack(tmp_path / "wider", 5, series="1", SpacingBetweenSlices=5)
+    stack(tmp_path / "turned", 5, series="2", SpacingBetweenSlices=-1.25)
+    for k in range(4):  # where they disagree
+        ds = ct(k, 2 * k, np.zeros((4, 4), np.int16), series="3", SpacingBetweenSlices=1 + k)
+        save(tmp_path / "other" / str(k), ds)
+    found = scan(tmp_path)
+    assert (len(found.sources), found.refused) == (4, [])
 
 
 def test_positions_rounded_to_a_tenth_are_even(tmp_path):
@@ -360,6 +396,20 @@ def test_slopes_that_differ_become_float32(tmp_path):
     np.testing.assert_allclose(sample.pixels[0], expected[:, ::-1, ::-1], rtol=1e-6)
 
 
+def test_slices_are_judged_together_for_float32(tmp_path):
+    """One flat slice is no reason to refuse, a volume that float32 would flatten is."""
+    for series, offset in (("even", 0.0), ("far", 1e9)):
+        for k in range(3):
+            pixels = np.full((4, 4), 7 * k, np.int16)
+            pixels[0, 0] += 1
+            # Each slice but the first spans 1e-6 only, far from 0.
+            tags = {"RescaleSlope": 1e-6 * (k + 1), "RescaleIntercept": 100.0 * k if series == "even" else offset}
+            save(tmp_path / series / str(k), ct(k, k, pixels, series=series, **tags))
+    assert read_source(find_sources(tmp_path / "even")[0]).pixels.dtype == np.float32
+    with pytest.raises(Unreadable, match="must be apart enough for float32"):
+        read_source(find_sources(tmp_path / "far")[0])
+
+
 def test_colour_palettes_and_tables(tmp_path):
     rgb = np.random.default_rng(0).integers(0, 256, (4, 5, 3)).astype(np.uint8)
     save(tmp_path / "rgb.dcm", dataset(rgb, series="c"))
@@ -429,6 +479,18 @@ def test_files_that_are_refused(tmp_path):
         read_source(source)
     with pytest.raises(InputError, match=r"text.dcm cannot be read as DICOM: its header is broken"):
         find_sources(tmp_path / "text.dcm")
+    del image.SOPClassUID  # then the class is said beside the tags
+    save(tmp_path / "meta.dcm", image)
+    (tmp_path / "meta.dcm").write_bytes((tmp_path / "meta.dcm").read_bytes()[132:])
+    assert "meta.dcm" in [s.path.name for s in scan(tmp_path).sources]
+    # With preamble and mark it is DICOM, class or not.
+    del image.file_meta.MediaStorageSOPClassUID
+    image.preamble = bytes(128)
+    image.save_as(_made(tmp_path / "marked" / "image"))
+    del image.Rows, image.PixelData
+    image.save_as(tmp_path / "marked" / "none")
+    found = scan(tmp_path / "marked")
+    assert ([s.path.name for s in found.sources], found.ignored, found.refused) == (["image"], 1, [])
     mosaic = ct(0, 0, np.zeros((4, 4), np.int16), ImageType=["ORIGINAL", "PRIMARY", "MOSAIC"])
     save(tmp_path / "m" / "mosaic", mosaic)
     assert "it is a mosaic of slices" in scan(tmp_path / "m").refused[0]
@@ -438,6 +500,33 @@ def test_files_that_are_refused(tmp_path):
     palette = dataset(np.zeros((4, 4), np.uint8), PhotometricInterpretation="YBR_PARTIAL_422")
     with pytest.raises(Unreadable, match="cannot be read as DICOM"):
         read_source(find_sources(save(tmp_path / "z" / "partial.dcm", palette))[0])
+
+
+def test_a_directory_file_is_no_image(tmp_path):
+    if not (REAL / "dicomdirtests" / "DICOMDIR").exists():
+        pytest.skip("this pydicom came without the file")
+    shutil.copy(REAL / "dicomdirtests" / "DICOMDIR", tmp_path)
+    stack(tmp_path / "disc", 3)
+    found = scan(tmp_path)
+    assert (len(found.sources), found.ignored, found.refused) == (1, 1, [])
+
+
+def test_a_machine_that_fails_is_not_a_broken_file(tmp_path, monkeypatch):
+    stack(tmp_path, 3)
+    reader = pydicom.dcmread
+
+    def fail(*args, **kwargs):
+        raise error
+
+    for error in (OSError(errno.EMFILE, "too many"), MemoryError()):
+        source = find_sources(tmp_path)[0]
+        monkeypatch.setattr(pydicom, "dcmread", fail)
+        kind, words = (MemoryError, "^$") if isinstance(error, MemoryError) else (InputError, "Too many open files")
+        for call in (lambda: scan(tmp_path), lambda source=source: read_source(source)):
+            with pytest.raises(kind, match=words) as caught:
+                call()
+            assert not isinstance(caught.value, Unreadable)
+        monkeypatch.setattr(pydicom, "dcmread", reader)
 
 
 def test_the_extra_is_named(tmp_path, monkeypatch):
@@ -480,6 +569,17 @@ def test_nothing_that_identifies(tmp_path, capfd, recwarn):
         assert secret not in text
         assert sha(secret) not in text or secret.startswith("2.25.")
     assert {s.group for s in found.sources} == {f"patient-{min(sha(uid(s)) for s in ('s', 'gap', 'x', 'b'))}"}
+
+
+def test_a_file_without_uids_is_named_by_its_content(tmp_path):
+    ds = dataset(np.zeros((4, 4), np.uint8), series="x")
+    ds.PatientID = ds.PatientName = ""
+    del ds.SOPInstanceUID, ds.SeriesInstanceUID, ds.StudyInstanceUID
+    one, two = (save(tmp_path / name / "x.dcm", ds) for name in ("Roe Jane", "two"))
+    (source,), (other,) = find_sources(one), find_sources(two)
+    assert (source.name, source.group) == (other.name, other.group)
+    assert sha(hashlib.sha256(one.read_bytes()[: 1 << 16]).hexdigest()) in source.name
+    assert source.group == f"patient-{source.name.split('/')[1].split('-')[0]}"
 
 
 def test_patients_without_an_id(tmp_path):

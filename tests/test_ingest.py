@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import struct
 import sys
@@ -185,6 +187,26 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     assert read(tmp_path / "b.npy").pixels.shape == (1, 12, 20)
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.EACCES, None])
+def test_a_machine_that_fails_is_not_a_broken_file(tmp_path, monkeypatch, number):
+    """Only what is wrong with the file may be skipped; a decoder may wrap what the system said."""
+    np.save(tmp_path / "a.npy", ramp())
+
+    def fail(*args, **kwargs):
+        try:
+            raise OSError(number, "") if number else MemoryError
+        except (OSError, MemoryError) as error:
+            raise ValueError("no image") from error
+
+    monkeypatch.setattr(np, "load", fail)
+    with pytest.raises((InputError, MemoryError)) as caught:
+        read(tmp_path / "a.npy")
+    assert type(caught.value) is {None: MemoryError, errno.EACCES: Unreadable}.get(number, InputError)
+    if type(caught.value) is InputError:
+        assert str(caught.value).startswith(f"{tmp_path / 'a.npy'} must be read by a sound machine, found: ")
+        assert str(caught.value).endswith(os.strerror(number))
+
+
 # ---- npy
 
 
@@ -196,6 +218,8 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
         (ramp((3, 4, 5)).astype(">i2"), (1, 3, 4, 5), np.int16, (0, 255)),
         (np.asfortranarray(ramp((2, 3, 4, 5)).astype(np.uint64)), (2, 3, 4, 5), np.uint64, (0, 255)),
         (ramp((4, 5)) / 3.0, (1, 4, 5), np.float32, (0, 85)),
+        (1000 + ramp((4, 5)) / 255.0, (1, 4, 5), np.float32, (1000, 1001)),
+        (np.full((4, 5), 1e9), (1, 4, 5), np.float32, (1e9, 1e9)),
         (ramp((4, 5)).astype(np.float16), (1, 4, 5), np.float32, (0, 255)),
     ],
 )
@@ -217,6 +241,7 @@ def test_npy_that_is_refused(tmp_path):
         "five": (np.zeros((1,) * 5), "got shape"),
         "none": (np.zeros((3, 0)), "cannot be read as npy"),
         "huge": (np.full((2, 2), 1e300), "pixels must be finite, got 4"),
+        "far": (1e9 + ramp((4, 5)) / 255.0, "apart enough for float32, got 1000000000.0 to 1000000001.0; subtract"),
     }
     for name, (array, words) in cases.items():
         np.save(tmp_path / f"{name}.npy", array, allow_pickle=True)

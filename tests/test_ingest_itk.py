@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from coverfast.checks import InputError
 from coverfast.ingest import Source, find_sources, read_source
+from coverfast.ingest.pieces import Recipe
+from coverfast.ingest.presets import preprocessing
 
 sitk = pytest.importorskip("SimpleITK")
 Rotation = pytest.importorskip("scipy.spatial.transform").Rotation
@@ -69,6 +72,57 @@ def test_the_usual_volume_is_flipped_from_lps(tmp_path, suffix):
     assert (sample.original.orientation, sample.lo, sample.hi) == ("LPS", array.min(), array.max())
     (source,) = find_sources(tmp_path)
     assert len(source.files) == (2 if suffix in ("nhdr", "mhd") else 1)
+
+
+NRRD = "NRRD0004\ntype: uint8\ndimension: 2\nsizes: 4 3\nencoding: raw\n"
+META = "ObjectType = Image\nNDims = 2\nDimSize = 4 3\nElementType = MET_UCHAR\n"
+
+
+@pytest.mark.parametrize(
+    ("header", "text", "expected"),
+    [
+        ("v.mhd", META + "ElementDataFile = vN.bin\n", {"vN.bin"}),
+        ("v.mha", META + "ElementDataFile = vN.bin\r\n", {"vN.bin"}),
+        ("v.MHD", META + "ElementDataFile = my data.x\n", {"my data.x"}),
+        ("v.mhd", META + "ElementDataFile = s%02d.raw 1 3 1\n", {"s01.raw", "s02.raw"}),
+        ("v.mhd", META + "ElementDataFile = LIST 2\ns02.raw\nvN.bin\n", {"s02.raw", "vN.bin"}),
+        ("v.mha", META + "ElementDataFile = LOCAL\n" + "x" * 12, set()),
+        ("v.nhdr", NRRD + "data file: vN.bin\n", {"vN.bin"}),
+        ("v.nrrd", NRRD + "datafile: ./deep/vN.bin\n\n", {"deep/vN.bin"}),
+        ("v.nhdr", NRRD + "data file: s%02d.raw 1 2 1 1\n", {"s01.raw", "s02.raw"}),
+        ("v.nhdr", NRRD + "data file: LIST\ns01.raw\ns02.raw\n", {"s01.raw", "s02.raw"}),
+        ("v.nrrd", NRRD + "\n" + "data file: vN.bin\n", set()),
+        # Where the text does not say it: all that is there.
+        ("v.mhd", META + "ElementDataFile = gone.raw\n", {"vN.bin", "my data.x", "s01.raw", "s02.raw"}),
+        ("v.mhd", META, {"vN.bin", "my data.x", "s01.raw", "s02.raw"}),
+        ("v.nhdr", NRRD + "data file: \n", {"vN.bin", "my data.x", "s01.raw", "s02.raw"}),
+    ],
+)
+def test_files_of_a_header_make_pieces_stale(tmp_path, header, text, expected):
+    for name in ("vN.bin", "my data.x", "s01.raw", "s02.raw", "deep/vN.bin"):
+        (tmp_path / "deep").mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * 12)
+    (tmp_path / header).write_bytes(text.encode())
+    source = Source(tmp_path / header, header)
+    assert {f.relative_to(tmp_path).as_posix() for f in source.files} == {header, *expected}
+    assert (source.files[0], len(source.files)) == (tmp_path / header, 1 + len(expected))
+    recipe = Recipe(preprocessing("raw"), None, "none")
+    for name in expected:
+        key = recipe.key(source)
+        (tmp_path / name).write_bytes(b"y" * 13)
+        assert recipe.key(source) != key
+
+
+def test_a_piece_goes_stale_with_the_file_that_is_decoded(tmp_path):
+    (tmp_path / "vN.bin").write_bytes(bytes(range(12)))
+    (tmp_path / "v.mhd").write_text(META + "ElementDataFile = vN.bin\n")
+    (source,) = find_sources(tmp_path)
+    recipe = Recipe(preprocessing("raw"), None, "none")
+    before, key = read_source(source).pixels, recipe.key(source)
+    (tmp_path / "vN.bin").write_bytes(bytes(range(1, 13)))
+    os.utime(tmp_path / "vN.bin", ns=(0, 0))  # of the same size
+    np.testing.assert_array_equal(read_source(source).pixels, before + 1)
+    assert recipe.key(source) != key
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

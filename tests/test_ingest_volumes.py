@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
 import os
@@ -122,6 +123,47 @@ def test_one_of_several_volumes(tmp_path):
     for number in (-1, 1.0, True):
         with pytest.raises(InputError, match="volume must be an int of at least 0"):
             read(tmp_path / "one.nii", number)
+
+
+@pytest.mark.parametrize("suffix", ["nii", "nii.gz", "nrrd", "mha", "npz"])
+def test_too_many_open_files_make_no_file_unreadable(tmp_path, suffix):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / f"v.{suffix}"
+    if suffix.startswith("nii"):
+        nibabel.save(nibabel.Nifti1Image(volume(), np.eye(4)), path)
+    elif suffix == "npz":
+        np.savez(path, volume())
+    else:
+        sitk = pytest.importorskip("SimpleITK")
+        sitk.WriteImage(sitk.GetImageFromArray(volume()), str(path))
+    read(path)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+        with contextlib.suppress(OSError):
+            for _ in range(129):
+                stack.enter_context(path.open("rb"))
+        with pytest.raises(InputError, match="must be read by a sound machine, found: Too many open files") as caught:
+            read(path)
+    assert type(caught.value) is InputError
+    assert read(path).pixels.size == volume().size
+
+
+@pytest.mark.parametrize("dtype", [np.int16, ">i2", np.float32])
+@pytest.mark.parametrize("suffix", ["nii", "nii.gz", "hdr"])
+def test_only_the_chosen_volume_is_read(tmp_path, suffix, dtype):
+    several = np.random.default_rng(0).integers(0, 999, (30, 20, 10, 1, 40)).astype(dtype)[..., 0, :]
+    image = (nibabel.Nifti1Pair if suffix == "hdr" else nibabel.Nifti1Image)(several, np.eye(4))
+    nibabel.save(image, tmp_path / f"v.{suffix}")
+    read(tmp_path / f"v.{suffix}", 0)  # imports
+    tracemalloc.start()
+    sample = read(tmp_path / f"v.{suffix}", 37)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(sample.pixels[0], several[..., 37].transpose(2, 1, 0))
+    assert sample.pixels.dtype == several.dtype.newbyteorder("=")
+    assert peak < several.nbytes / 2 or suffix == "nii"
 
 
 def test_a_pair_of_header_and_image(tmp_path):

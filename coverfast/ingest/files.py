@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -29,11 +30,10 @@ KINDS = {
     ".dicom": "DICOM",
     ".ima": "DICOM",
 }
-# Headers that keep their pixels in a file beside them, and how that one ends.
-_BESIDE = {
-    ".hdr": (".img",),
-    ".mhd": (".raw", ".zraw"),
-    ".nhdr": (".raw", ".raw.gz", ".gz"),
+# How headers name the files that hold their pixels.
+_DATA = {
+    "NRRD": re.compile(rb"^data ?file: *(.+?)\s*$", re.MULTILINE | re.IGNORECASE),
+    "MetaImage": re.compile(rb"^ElementDataFile\s*[=:]\s*(.+?)\s*$", re.MULTILINE),
 }
 _BIDS = re.compile(r"(?:^|/)(sub-[0-9A-Za-z]+)(?![0-9A-Za-z-])")
 
@@ -62,11 +62,12 @@ class Source:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All files that the image is read from."""
+        """All files that the image is read from, those of headers with data elsewhere as far as the text names them:
+        the more where it is unclear.
+        """
         if self.parts:
             return tuple(Path(p) for p in dict.fromkeys(file for file, _ in self.parts))
-        beside = (self.path.with_suffix(end) for end in _BESIDE.get(self.path.suffix.lower(), ()))
-        return (self.path, *(file for file in beside if file.exists()))
+        return tuple(dict.fromkeys((self.path, *_data_files(self.path, self.kind))))
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,11 @@ def scan(
     Hidden files are passed over, a file met twice counts once. Files with a suffix of DICOM, and others that are of no
     known kind and begin like it, count as DICOM; their headers are read and sorted into series, across folders
     (`readers.series.find_series`). group: a regular expression searched in the names; its first group, or else the
-    whole match, is the source's group. Without it that is the "sub-..." of BIDS, where a name has it. DICOM files
-    are grouped by the patient that their tags name, whatever `group` says. progress: called with (headers read, files
-    to read headers of). `InputError`: a missing path, a file of another kind given by name, a folder without images,
-    a name that `group` does not match.
+    whole match, is the source's group. Without it that is the "sub-..." of BIDS, where a name has it, and for DICOM
+    the patient that its tags name. With it, a DICOM image's group is "patient-" and a digest of what matched in the
+    name, `folder/sub/file`, of its first file, never the match itself. progress: called with (headers read, files to
+    read headers of). `InputError`: a missing path, a file of another kind given by name, a folder without images, a
+    name that `group` does not match.
     """
     given = [Path(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     require(len(given) > 0, "sources must be at least 1 file or folder, got none")
@@ -140,15 +142,50 @@ def scan(
     sources = [Source(Path(file), name, _group(pattern, name)) for name, file in found]
     if dicom:
         # Only with pydicom, which takes long to load.
+        from coverfast.ingest.readers.dicom import digest
         from coverfast.ingest.readers.series import find_series
 
         images_found, others, sentences = find_series([file for _, file in sorted(dicom)], progress)
-        sources += [Source(Path(i.parts[0][0]), i.name, i.group, i.parts) for i in images_found]
+        names = {file: name for name, file in dicom} if pattern else {}
+        for image in images_found:
+            first = image.parts[0][0]
+            person = f"patient-{digest(_group(pattern, names[first]))}" if pattern else image.group
+            sources.append(Source(Path(first), image.name, person, image.parts))
         ignored += others
         refused += sentences
     require(len(sources) + len(refused) > 0, f"sources must hold images, found none among {ignored} DICOM files")
     sources.sort(key=lambda s: s.name)
     return Scan(sources, ignored, refused)
+
+
+def _data_files(header: Path, kind: str) -> list[Path]:
+    """Files with the pixels of a header, if they are not in its own; if none is there, all files of its folder."""
+    if header.suffix.lower() == ".hdr":
+        return [f for f in (header.with_suffix(".img"), header.with_suffix(".IMG")) if f.is_file()]
+    if kind not in _DATA:
+        return []
+    try:
+        with header.open("rb") as file:
+            text = re.split(rb"\r?\n\r?\n|\0", file.read(1 << 20))[0]
+    except OSError:  # reading it says what is wrong
+        return []
+    named = _DATA[kind].search(text)
+    # NRRD without the field has its data attached, MetaImage says so.
+    if (named is None and kind == "NRRD") or (named and named[1].upper() == b"LOCAL"):
+        return []
+    names = [named[1]] if named else []
+    if named and named[1].upper().split()[:1] == [b"LIST"]:
+        names = [line.strip() for line in text[named.end() :].splitlines()]
+    found = []
+    for name in map(os.fsdecode, filter(None, names)):
+        path = str(header.parent / name)
+        if not os.path.isfile(path):  # noqa: PTH113 - false, not an error, for what cannot be a path
+            # Numbered files, as in "slice%03d.raw 1 99 1": any number will do.
+            path = re.sub(r"%[\d.]*[diu]", "*", glob.escape(re.sub(r"(\s+-?\d+)+$", "", path)))
+            found += [Path(file) for file in sorted(glob.glob(path)) if os.path.isfile(file)]  # noqa: PTH113, PTH207
+        else:
+            found.append(Path(path))
+    return found or sorted(file for file in header.parent.iterdir() if file.is_file())
 
 
 def _kind(name: str) -> str:

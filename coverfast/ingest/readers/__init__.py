@@ -12,7 +12,7 @@ import numpy as np
 from coverfast.checks import require
 from coverfast.ingest.files import KINDS, Source
 from coverfast.ingest.readers.arrays import read_array
-from coverfast.ingest.readers.decoded import Decoded, Unreadable, extent, need
+from coverfast.ingest.readers.decoded import Decoded, Unreadable, blame, extent, need
 from coverfast.ingest.readers.dicom import read_slices
 from coverfast.ingest.readers.images import read_image
 from coverfast.ingest.readers.itk import read_itk
@@ -30,8 +30,10 @@ def read_source(source: Source, *, volume: int | None = None) -> Sample:
     with axes z, y, x running to superior, anterior, right (the closest axes of RAS+: flips and transposes only);
     npy and npz as they are, `(H, W)`, `(D, H, W)` or `(C, D, H, W)`. volume: which one, from 0, of the files that
     hold several; others are not concerned. Integers stay as stored, with slope and intercept; floats become
-    float32. lo, hi: 0 and 255 for unscaled uint8, 0 and 1 for bool, otherwise the sample's minimum and maximum.
+    float32, and are refused where that would lose the image. lo, hi: 0 and 255 for unscaled uint8, 0 and 1 for bool,
+    otherwise the sample's minimum and maximum.
     DICOM see `readers.dicom.read_slices`. `Unreadable` names the file and why it cannot be used.
+    `InputError`: a setting, or a machine that fails (too many open files, a disk). `MemoryError`: too little memory.
     """
     ok = volume is None or (isinstance(volume, int) and not isinstance(volume, bool) and volume >= 0)
     require(ok, f"volume must be an int of at least 0, got {volume!r}")
@@ -61,7 +63,9 @@ def read_source(source: Source, *, volume: int | None = None) -> Sample:
 def _decode(source: Source, volume: int | None) -> Decoded:
     path = source.path
     require(path.is_file() or not path.exists(), "it is no regular file")
-    require(path.stat().st_size > 0, "it is empty")
+    # Opened here first: nibabel and ITK turn what the system says into words of their own.
+    with path.open("rb") as file:
+        require(file.read(1) != b"", "it is empty")
     match source.kind:
         case "DICOM":
             return read_slices(source.parts or _only(path))
@@ -91,6 +95,7 @@ def _naming(source: Source) -> Iterator[None]:
     except Unreadable:
         raise
     except Exception as error:  # decoders raise whatever they like on broken files
+        blame(error, str(source.path))
         text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         text = text.replace(f"{source.name}: ", "").replace(f"<_io.BufferedReader name={str(source.path)!r}>", "it")
         text = " ".join(text.split()).rstrip(".")[:200] or type(error).__name__

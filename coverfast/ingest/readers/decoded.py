@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import math
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +21,8 @@ _MODULES = {
     "DICOM": ("pydicom", "nibabel"),
 }
 
+_MACHINE = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM)
+
 
 def need(kind: str) -> None:
     """Raise `InputError` unless what reads this kind is installed."""
@@ -31,6 +35,20 @@ def need(kind: str) -> None:
 
 class Unreadable(InputError):
     """A file that is no sound image, in contrast to a setting or a set-up that is wrong."""
+
+
+def blame(error: BaseException | None, what: str) -> None:
+    """Raise anew, and not as `Unreadable`, what the machine is to blame for and not the file: a skipped file is lost.
+
+    `MemoryError` stays one; too many open files, or a disk that fails, become an `InputError`. Both are also looked
+    for in what a decoder's own error came from.
+    """
+    while error is not None:
+        if isinstance(error, MemoryError):
+            raise MemoryError from error
+        if isinstance(error, OSError) and error.errno in _MACHINE:
+            raise InputError(f"{what} must be read by a sound machine, found: {os.strerror(error.errno)}") from error
+        error = error.__cause__ or error.__context__
 
 
 class Decoded(NamedTuple):
@@ -91,6 +109,22 @@ def luma(rgb: NDArray[Any]) -> NDArray[Any]:
 
 
 def float32(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Floats as float32; refused where that would lose the image."""
+    if values.dtype.itemsize > 4 and values.size:
+        check_range(float(values.min()), float(values.max()))
+    return narrow(values)
+
+
+def check_range(low: float, high: float) -> None:
+    """Refuse values between these if the rounding of float32 is more than a thousandth of their range."""
+    known = math.isfinite(low) and math.isfinite(high) and high > low
+    require(
+        not known or max(-low, high) * 2.0**-24 <= 1e-3 * (high - low),
+        f"its values must be apart enough for float32, got {low!r} to {high!r}; subtract their mean",
+    )
+
+
+def narrow(values: NDArray[Any]) -> NDArray[np.float32]:
     with np.errstate(over="ignore", invalid="ignore"):  # what leaves the range is infinite, and refused as such
         return values.astype(np.float32)
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coverfast.checks import require
-from coverfast.ingest.readers.decoded import Decoded, as_stored, float32, luma, to_ras
+from coverfast.ingest.readers.decoded import Decoded, as_stored, check_range, luma, narrow, to_ras
 from coverfast.ingest.readers.itk import LPS_TO_RAS
 
 # Standard tags whose values may tell volumes of one series apart that lie at the same positions.
@@ -31,7 +31,8 @@ MARKS = (
 _IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "PatientName")
 _GEOMETRY = (
     *("Modality", "Rows", "Columns", "NumberOfFrames", "ImagePositionPatient", "ImageOrientationPatient"),
-    *("PixelSpacing", "ImagerPixelSpacing", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+    *("PixelSpacing", "ImagerPixelSpacing", "SpacingBetweenSlices"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 _PIXELS = (
     *("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit"),
@@ -47,11 +48,13 @@ _NO_IMAGES = ("SEG", "RTDOSE")
 
 class Plane(NamedTuple):
     """What all slices of a stack share: direction cosines along a row and down a column (LPS), and mm along the
-    same two; both None for images without a place in the patient. localizer, mosaic: by their ImageType.
+    same two; both None for images without a place in the patient. between: mm from slice to slice as the header says,
+    0 if it does not. localizer, mosaic: by their ImageType.
     """
 
     cosines: tuple[float, ...] | None
     spacing: tuple[float, float] | None
+    between: float
     rows: int
     columns: int
     localizer: bool
@@ -106,7 +109,11 @@ def read_slices(parts: Sequence[tuple[str, int]]) -> Decoded:
         slices.append(found[frame])
     slope, intercept = scalings[0]
     if len(set(scalings)) > 1 or planes[0].dtype.kind == "f":
-        planes = [float32(p.astype(np.float64) * a + b) for p, (a, b) in zip(planes, scalings, strict=True)]
+        pairs = list(zip(planes, scalings, strict=True))
+        if planes[0].dtype != np.float32:  # over all slices: one alone may well be flat
+            ends = [float(end(p)) * a + b for p, (a, b) in pairs for end in (np.min, np.max)]
+            check_range(min(ends), max(ends))
+        planes = [narrow(p.astype(np.float64) * a + b) for p, (a, b) in pairs]
         slope, intercept = 1.0, 0.0
     if len(planes) == 1:
         image = as_stored(planes[0][None], slices[0].plane.spacing and slices[0].plane.spacing[::-1])
@@ -123,7 +130,11 @@ def normal(plane: Plane) -> NDArray[np.float64]:
 
 
 def affine(slices: Sequence[Slice]) -> NDArray[np.float64]:
-    """Index (column, row, slice) to mm in RAS+ of slices in order; refused unless they are evenly spaced."""
+    """Index (column, row, slice) to mm in RAS+ of slices in order; refused unless they are evenly spaced.
+
+    Slices that lie two or three times as far apart as all their headers say (SpacingBetweenSlices) count as missing
+    some between them. Slices missing at the ends of a stack cannot be seen.
+    """
     plane = slices[0].plane
     require(plane.spacing is not None, "it has positions but no PixelSpacing")
     positions = np.array([s.position for s in slices])
@@ -135,6 +146,14 @@ def affine(slices: Sequence[Slice]) -> NDArray[np.float64]:
     places = ", ".join(f"{gaps[k]:.4g} mm between slices {k + 1} and {k + 2}" for k in odd[:3])
     more = f" and {len(odd) - 3} more gaps" if len(odd) > 3 else ""
     require(len(odd) == 0, f"slices are missing or uneven: {places}{more}, expected {usual:.4g} mm")
+    said = [s.plane.between for s in slices]
+    if min(said) > 0 and np.ptp(said) <= 1e-3:
+        # Twice or three times: some scanners state the gap between the edges of slices instead, a small part of it.
+        times = round(usual / said[0])
+        require(
+            times not in (2, 3) or abs(usual - times * said[0]) > 0.1 * said[0],
+            f"slices are missing: they lie {usual:.4g} mm apart, expected {said[0]:.4g} mm (SpacingBetweenSlices)",
+        )
     step = (positions[-1] - positions[0]) / (len(slices) - 1)
     off = np.linalg.norm(positions - positions[0] - np.arange(len(slices))[:, None] * step, axis=1)
     require(
@@ -153,18 +172,22 @@ def _load(path: str, *, pixels: bool) -> Any:
     tags = [*_IDENTITY, *_GEOMETRY, *MARKS, *(_PIXELS if pixels else ())]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they quote odd values, names among them
-        # Old files lack the preamble. Forced, anything can be read as tags: what is no DICOM says no class.
-        ds = pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags, force=True)
-    if not ds.get("SOPClassUID"):
-        raise pydicom.errors.InvalidDicomError("no SOPClassUID")
-    return ds
+        try:
+            return pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags)
+        except pydicom.errors.InvalidDicomError:
+            # Old files lack the preamble. Forced, anything can be read as tags: what is no DICOM says no class.
+            ds = pydicom.dcmread(path, stop_before_pixels=not pixels, specific_tags=tags, force=True)
+            if not (ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID")):
+                raise
+            return ds
 
 
 def _slices(ds: Any, path: str) -> list[Slice]:
     if not (ds.get("Rows") and ds.get("Columns")) or ds.get("Modality") in _NO_IMAGES:
         return []
     frames = int(ds.get("NumberOfFrames") or 1)
-    instance = str(ds.get("SOPInstanceUID") or path)
+    # Without UIDs it is the content that names an image: the path may hold a person's name.
+    instance = str(ds.get("SOPInstanceUID") or _start(path))
     series = str(ds.get("SeriesInstanceUID") or instance)
     known = (str(ds.get(k) or "").strip() for k in ("PatientID", "PatientName", "StudyInstanceUID"))
     patient = next(filter(None, known), series)
@@ -179,8 +202,10 @@ def _slices(ds: Any, path: str) -> list[Slice]:
         apart = _numbers(get("PixelSpacing"), 2) or _numbers(get("ImagerPixelSpacing"), 2)
         spacing = (apart[1], apart[0]) if apart and min(apart) > 0 else None
         kinds = [str(v).upper() for k in ("ImageType", "FrameType") for v in _values(get(k))]
+        (between,) = _numbers(get("SpacingBetweenSlices"), 1) or (0.0,)
         plane = Plane(
-            cosines if placed else None, spacing, int(ds.Rows), int(ds.Columns), "LOCALIZER" in kinds, "MOSAIC" in kinds
+            *(cosines if placed else None, spacing, between, int(ds.Rows), int(ds.Columns)),
+            *("LOCALIZER" in kinds, "MOSAIC" in kinds),
         )
         marks = tuple(sys.intern("\\".join(map(str, _values(get(k))))) for k in MARKS)
         found.append(
@@ -190,6 +215,11 @@ def _slices(ds: Any, path: str) -> list[Slice]:
             )
         )
     return found
+
+
+def _start(path: str) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.sha256(file.read(1 << 16)).hexdigest()
 
 
 def _getter(ds: Any, frame: int) -> Any:

@@ -27,8 +27,11 @@ def read_nifti(path: Path, volume: int | None) -> Decoded:
     require(math.prod(shape) > 0, f"it has no pixels, shape {shape}")
     index = one_of(math.prod(shape[3:]), volume, f"shape {shape}")
 
-    stored = np.asarray(image.dataobj.get_unscaled()).reshape(*shape[:3], -1)[..., index]
-    slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
+    # A proxy without scaling: of many volumes it reads the one, and integers as they are stored.
+    data: Any = image.dataobj
+    layout = ((*shape[:3], math.prod(shape[3:])), data.dtype, data.offset)
+    stored = np.asarray(nibabel.arrayproxy.ArrayProxy(data.file_like, layout)[..., index])
+    slope, intercept = float(data.slope), float(data.inter)
     if stored.dtype.kind == "f":
         unscaled = (slope, intercept) == (1.0, 0.0)
         stored = float32(stored if unscaled else stored.astype(np.float64) * slope + intercept)

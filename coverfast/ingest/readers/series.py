@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coverfast.checks import require
-from coverfast.ingest.readers.decoded import Unreadable, need
+from coverfast.ingest.readers.decoded import Unreadable, blame, need
 from coverfast.ingest.readers.dicom import MARKS, Plane, Slice, affine, digest, headers, normal
 
 # How far direction cosines and spacings (mm) may differ within a stack, and positions (mm) that are the same.
@@ -37,7 +37,8 @@ def find_series(
     Slices with a position and an orientation make stacks: one for each orientation, size and spacing in a series.
     Stacks that lie several times over each other are parted by the standard tags (`MARKS`, at most two of them) whose
     values leave each position once in each part. A single slice is a 2D image, as is an image without position. A
-    patient is a PatientID, or else a PatientName, or else a study.
+    patient is a PatientID, or else a PatientName, or else a study. Uneven stacks are refused as missing slices, see
+    `affine`; slices missing at the ends of a stack cannot be seen.
     """
     need("DICOM")
     series: defaultdict[tuple[str, str], list[Slice]] = defaultdict(list)
@@ -54,6 +55,7 @@ def find_series(
             # UIDs that should tell instances apart do not always: a copy has the same place too, or the same size.
             copies = [(s.instance, s.frame, s.position or os.path.getsize(file)) for s in slices]  # noqa: PTH202
         except Exception as error:  # pydicom raises whatever it likes on broken files
+            blame(error, file)
             # Not the message: it may quote a value, and the value may be a name.
             refused.append(f"{file} cannot be read as DICOM: its header is broken ({type(error).__name__})")
             continue
