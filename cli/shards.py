@@ -94,6 +94,7 @@ _OUT = "The shard to write; with --shard-size OUT-00000.h5, OUT-00001.h5, ..."
 ShardSize = Annotated[
     Any, typer.Option(parser=byte_size, metavar="SIZE", help="Several shards of at most this size, e.g. 4GB.")
 ]
+Out = Annotated[str, typer.Option(metavar="FILE", help=_OUT)]  # no Path, which forgets the slash of a folder
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing shards.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Forget an unfinished run in OUT.partial.")]
 
@@ -106,7 +107,7 @@ def build(
         list[Path],
         typer.Argument(help="Files or folders: NIfTI, DICOM, NRRD, MetaImage, PNG, JPEG, TIFF, npy, npz."),
     ],
-    out: Annotated[Path, typer.Option(help=_OUT)],
+    out: Out,
     preset: Annotated[str, typer.Option(help=f"What is done to the images: {', '.join(PRESETS)}.")] = "raw",
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes; default all cores but one, 0 works in this one.")
@@ -121,7 +122,7 @@ def build(
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D image.")] = None,
     ndim: Annotated[int | None, typer.Option(help="2 or 3: leave images of the other dimension out.")] = None,
     shard_size: ShardSize = None,
-    compression: Annotated[str, typer.Option(help="auto (gzip for volumes it cuts to a third), none, gzip.")] = "auto",
+    compression: Annotated[str, typer.Option(help="none or gzip (smaller files, read more slowly).")] = "none",
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="List unreadable files and go on.")] = False,
     overwrite: Overwrite = False,
     restart: Restart = False,
@@ -162,7 +163,7 @@ def build(
         print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(130)
     for reason in report.skipped:
-        print(f"skipped: {reason}", file=sys.stderr)
+        print(f"skipped: {_shown(reason)}", file=sys.stderr)
     notes = [f"{report.kept} of an earlier run"] if report.kept else []
     notes += [f"{len(report.skipped)} unreadable files skipped"] if report.skipped else []
     notes += [f"{report.unwanted} images of another dimension left out"] if report.unwanted else []
@@ -173,8 +174,15 @@ def build(
 @app.command()
 def merge(
     shards: Annotated[list[Path], typer.Argument(help="The shards to merge, in this order; files, folders, globs.")],
-    out: Annotated[Path, typer.Option(help=_OUT)],
+    out: Out,
     shard_size: ShardSize = None,
+    distinct_groups: Annotated[
+        bool,
+        typer.Option(
+            "--distinct-groups",
+            help="Groups of one name in different shards are different people: sub-01 of SITE.h5 becomes SITE/sub-01.",
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     restart: Restart = False,
 ) -> None:
@@ -184,7 +192,13 @@ def merge(
 
     with _progress() as advance:
         report = merge_shards(
-            find_shards(shards), out, shard_size=shard_size, overwrite=overwrite, restart=restart, progress=advance
+            [path for given in shards for path in find_shards(given)],  # what is given twice shows
+            out,
+            shard_size=shard_size,
+            distinct_groups=distinct_groups,
+            overwrite=overwrite,
+            restart=restart,
+            progress=advance,
         )
     _tell(report, [])
     if report.crossing:
@@ -194,7 +208,7 @@ def merge(
 def _tell(report: BuildReport | MergeReport, notes: list[str]) -> None:
     first, last = report.paths[0], report.paths[-1]
     names = str(first) if len(report.paths) == 1 else f"{first} to {last.name}"
-    print(f"{names}: {', '.join([_samples(report.samples), byte_count(report.size_bytes), *notes])}")
+    print(f"{_shown(names)}: {', '.join([_samples(report.samples), byte_count(report.size_bytes), *notes])}")
     if len(report.splits) > 1:
         parts = [
             f"{name} {_samples(samples)} of {groups} group" + "s" * (groups != 1)
@@ -202,7 +216,7 @@ def _tell(report: BuildReport | MergeReport, notes: list[str]) -> None:
         ]
         print(f"splits: {', '.join(parts)}")
     if report.duplicates:
-        pairs = [f"{later} = {earlier}" for earlier, later in report.duplicate_pairs]
+        pairs = [_shown(f"{later} = {earlier}") for earlier, later in report.duplicate_pairs]
         more = ", ..." if report.duplicates > len(pairs) else ""
         print(f"duplicates: {_samples(report.duplicates)} with the pixels of an earlier one: {', '.join(pairs)}{more}")
 
@@ -220,7 +234,7 @@ def info(shard: Annotated[Path, typer.Argument(help="The shard to describe.")]) 
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     with Shard(shard) as opened:
-        facts = list(_facts(opened))
+        facts = [(key, _shown(value)) for key, value in _facts(opened)]
     if not sys.stdout.isatty():  # one unfolded line a fact, for other programs
         print("\n".join(f"{key:<16}{value}" for key, value in facts))
         return
@@ -276,11 +290,11 @@ def verify(shards: Annotated[list[Path], typer.Argument(help="The shards to chec
         with _progress() as advance:
             problems = check(path, lambda done, total, advance=advance: advance("checking", done, total))  # type: ignore[misc]
         for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error: {_shown(problem)}", file=sys.stderr)
         failed = failed or bool(problems)
         if not problems:
             with Shard(path) as opened:
-                print(f"sound: {_samples(len(opened))}" + (f", {path}" if len(paths) > 1 else ""))
+                print(f"sound: {_samples(len(opened))}" + (f", {_shown(str(path))}" if len(paths) > 1 else ""))
     if failed:
         raise typer.Exit(2)
 
@@ -329,6 +343,11 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[stage], completed=done, total=total)
 
         yield advance
+
+
+def _shown(text: str) -> str:
+    """A file may have any name: nothing that moves the cursor, ends a line or colours the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _groups(groups: list[str]) -> str:

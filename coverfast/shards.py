@@ -189,7 +189,9 @@ class ShardWriter:
             self._samples.copy(dataset, self._samples, f"{len(self):08d}")
             if changed:
                 copied = self._samples[f"{len(self):08d}"]
-                del copied.attrs["group"]  # h5py would write over it by way of a random name, which may stay in the file
+                del copied.attrs[
+                    "group"
+                ]  # h5py would write over it by way of a random name, which may stay in the file
                 self._put_text(copied, "group", encoded(info.group))
             self._note(info, info.shape, info.sha256)
 

@@ -163,7 +163,8 @@ def test_bad_files_stop_the_build_or_are_skipped(tmp_path):
     (folder / "x.dcm").unlink()
     with pytest.raises(InputError, match=re.escape(said)) as caught:
         build(folder, tmp_path / "t.h5")
-    assert f"finished samples stay in {tmp_path}/t.h5.partial, the same command resumes" in str(caught.value)
+    told = f"finished samples stay in {tmp_path}/t.h5.partial, the same command resumes, other settings need restart="
+    assert told in str(caught.value)
     report = build(folder, tmp_path / "t.h5", skip_bad=True)
     assert (report.kept, report.skipped) == (1, [said])
     assert (tmp_path / "t.h5").read_bytes() == (tmp_path / "s.h5").read_bytes()
@@ -211,13 +212,14 @@ def test_refusals_before_anything_is_read(tmp_path):
         ({"split_seed": -1}, "split_seed must be an int"),
         ({"workers": -1}, "workers must be an int from 0 to 1024, got -1"),
         ({"shard_size": 0}, "shard_size must be a positive number of bytes, got 0"),
-        ({"compression": "zip"}, "compression must be one of auto, none, gzip, got 'zip'"),
+        ({"compression": "zip"}, "compression must be one of none, gzip, got 'zip'"),
         ({"group": "p([0-9]+)", "val_fraction": 0.3, "test_fraction": 0.3}, "at least 1 group each, got 2 group"),
         ({"out": "old.h5/x.h5"}, "cannot be written: Not a directory"),
+        ({"out": "new/"}, "out must be a file name, got '.*new/'"),
     ):
         options = {"out": "s.h5", "progress": lambda *call: calls.append(call)} | changes
         with pytest.raises(InputError, match=words):
-            build(folder, tmp_path / options.pop("out"), **options)
+            build(folder, f"{tmp_path}/{options.pop('out')}", **options)
     assert calls == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.h5", "in", "link.h5", "old.h5"]
     assert (tmp_path / "old.h5").read_text() == "mine"
@@ -235,6 +237,47 @@ def test_too_little_disk_is_known_beforehand(tmp_path, monkeypatch):
         build(folder, tmp_path / "s.h5")
     assert len(list((tmp_path / "s.h5.partial").rglob("*.h5"))) == 8
     assert build(folder, tmp_path / "s.h5", disk_check=False).kept == 8
+
+
+def test_the_estimate_holds_what_a_build_of_small_images_takes(tmp_path):
+    for i in range(300):
+        npy(tmp_path / "in" / f"{i}.npy", i, (28, 28))
+    taken, notes = [], []
+
+    def look(stage, done, total):
+        if stage == "reading" and done == 8:  # the samples from which the estimate is made lie there already
+            taken.append(sum(p.stat().st_blocks * 512 for p in (tmp_path / "s.h5.partial").glob("??/*.h5")))
+        if (stage, done) == ("writing", total):
+            taken.append(sum(p.stat().st_blocks * 512 for p in (tmp_path / "s.h5.partial").glob("??/*.h5")))
+
+    report = build(tmp_path / "in", tmp_path / "s.h5", progress=look, note=notes.append)
+    shard, more = (float(number) * 1024**power for number, power in _sizes(notes[0]))
+    assert report.size_bytes <= shard < 2 * report.size_bytes
+    assert taken[1] - taken[0] <= more < 2 * (taken[1] - taken[0])
+
+
+def _sizes(text):
+    units = ["B", "KiB", "MiB"]
+    return [(number, units.index(unit)) for number, unit in re.findall(r"([\d.]+) ([KM]?i?B)", text)[:2]]
+
+
+def test_the_disk_must_have_a_tenth_more(tmp_path, monkeypatch):
+    import shutil
+
+    folder = patients(tmp_path / "in", 4, 1)  # all of them are probes: nothing but the shard is left to write
+    notes = []
+    monkeypatch.setattr("coverfast.ingest.build.byte_count", str)
+    report = build(folder, tmp_path / "s.h5", note=notes.append)
+    size = int(re.findall(r"about (\d+)", notes[0])[0])
+    assert size >= report.size_bytes - 8192
+    usage = shutil.disk_usage(tmp_path)
+    for free, enough in ((size * 1.09, False), (size * 1.11, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=int(free)))
+        if enough:
+            build(folder, tmp_path / "t.h5")
+        else:
+            with pytest.raises(InputError, match=f"must have about {round(size * 1.1)} of disk"):
+                build(folder, tmp_path / "t.h5")
 
 
 # ---- splits
@@ -340,6 +383,21 @@ def test_splits_of_a_build_keep_patients_and_duplicates_together(tmp_path):
     assert abs(report.splits["val"][0] - 7.5) <= 2.5
     assert abs(report.splits["test"][0] - 5) <= 2.5
     assert sum(groups for _, groups in report.splits.values()) == 11
+
+
+def test_splits_without_groups_are_told(tmp_path):
+    folder = patients(tmp_path / "in", 4)
+    options = {"val_fraction": 0.3, "test_fraction": 0.3}
+    for name, changes, told in (
+        ("none", {}, True),
+        ("test", {"val_fraction": 0.0}, True),
+        ("named", {"group": "p[0-9]+"}, False),
+        ("unsplit", {"val_fraction": 0.0, "test_fraction": 0.0}, False),
+    ):
+        notes: list[str] = []
+        build(folder, tmp_path / f"{name}.h5", note=notes.append, **options | changes)
+        said = "no groups are known: every image counts as a patient of its own; group=REGEX (--group) finds patients"
+        assert [note.startswith(said) for note in notes] == [True, False][not told :]
 
 
 def test_duplicates():

@@ -253,6 +253,30 @@ def test_other_settings_are_refused(unfinished, images):
     assert (report.kept, report.samples) == (0, 32)
 
 
+def test_other_settings_are_taken_while_nothing_is_finished(tmp_path, images):
+    script = """
+        import os, signal, sys
+        from coverfast.ingest import build_shard, preprocessing
+        kill = lambda *call: os.kill(os.getpid(), signal.SIGKILL)
+        build_shard(sys.argv[1], sys.argv[2], preprocessing=preprocessing("raw"), workers=0, progress=kill)
+    """
+    killed = [sys.executable, "-c", textwrap.dedent(script), str(images), str(tmp_path / "s.h5")]
+    assert subprocess.run(killed, timeout=60, check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / "s.h5.partial" / "settings.json").exists()
+    assert pieces(tmp_path / "s.h5") == []
+    for path in images.iterdir():
+        np.save(path, np.zeros((2, 4, 5, 6), np.uint16) + len(path.name))
+    np.save(images / "p00_0.npy", np.zeros((3, 3, 3, 3, 3)))
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"p00_0.npy") as caught:
+            build(images / "p00_0.npy", tmp_path / "s.h5", val_fraction=0.0, test_fraction=0.0)
+        assert "finished samples" not in str(caught.value)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+    (images / "p00_0.npy").unlink()
+    report = build(images, tmp_path / "s.h5", val_fraction=0.0, test_fraction=0.0, shard_size=None)
+    assert (report.samples, report.kept) == (31, 0)
+
+
 def test_a_folder_of_that_name_that_is_no_build_is_left_alone(tmp_path, images):
     (tmp_path / "s.h5.partial").mkdir()
     (tmp_path / "s.h5.partial" / "thesis.txt").write_text("mine")
@@ -315,7 +339,7 @@ def test_a_piece_is_named_by_all_that_shapes_it(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((4, 4), np.uint8))
     (tmp_path / "b.npy").write_bytes((tmp_path / "a.npy").read_bytes())
     os.utime(tmp_path / "b.npy", ns=(0, (tmp_path / "a.npy").stat().st_mtime_ns))
-    source, recipe = Source(tmp_path / "a.npy", "in/a.npy"), Recipe(RAW, None, "auto")
+    source, recipe = Source(tmp_path / "a.npy", "in/a.npy"), Recipe(RAW, None, "none")
     keys = [recipe.key(source)]
     for changed in ({"group": "p1"}, {"name": "in/c.npy"}, {"path": tmp_path / "b.npy"}):
         keys.append(recipe.key(replace(source, **changed)))
@@ -324,14 +348,14 @@ def test_a_piece_is_named_by_all_that_shapes_it(tmp_path):
     os.utime(tmp_path / "a.npy", ns=(0, 5))
     keys.append(recipe.key(source))
     assert len(set(keys)) == len(keys) == 8
-    assert Recipe(dict(reversed(RAW.items())), None, "auto").key(source) == keys[-1]
+    assert Recipe(dict(reversed(RAW.items())), None, "none").key(source) == keys[-1]
 
 
 def test_a_published_shard_that_has_gone_is_told(tmp_path, images):
     build(images, tmp_path / "s.h5")
     folder = tmp_path / "s.h5.partial"
     folder.mkdir()
-    settings = {"preprocessing": RAW, "volume": None, "compression": "auto", "split_seed": 0, **OPTIONS}
+    settings = {"preprocessing": RAW, "volume": None, "compression": "none", "split_seed": 0, **OPTIONS}
     from coverfast import __version__
     from coverfast.shards import VERSION
 

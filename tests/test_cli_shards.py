@@ -158,6 +158,50 @@ def test_refusals(tmp_path, images):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bare", "in", "text.h5"]
 
 
+def test_merge_sees_what_is_given_twice_and_tells_people_apart(tmp_path, images):
+    for name, flags in (("a", ()), ("b", ("--val-fraction", 0.5))):
+        run("build", images, "--out", tmp_path / f"{name}.h5", "--group", "[0-9]", *flags)
+    out = ("--out", tmp_path / "m.h5")
+    assert "must be given once" in refusal("merge", tmp_path / "a.h5", tmp_path / "a.h5", *out)
+    assert "must be given once" in refusal("merge", tmp_path / "a.h5", tmp_path / "[a].h5", *out)
+    assert "(--distinct-groups)" in refusal("merge", tmp_path / "a.h5", tmp_path / "b.h5", *out)
+    run("merge", tmp_path / "?.h5", *out, "--distinct-groups")
+    assert facts(tmp_path / "m.h5")["groups"] == "8 named"
+
+
+def test_an_out_that_is_a_folder_is_none(tmp_path, images):
+    run("build", images, "--out", tmp_path / "s.h5")
+    for command, source in (("build", images), ("merge", tmp_path / "s.h5")):
+        said = refusal(command, source, "--out", f"{tmp_path}/new/")
+        assert said == f"error: out must be a file name, got '{tmp_path}/new/'"
+    assert not (tmp_path / "new").exists()
+
+
+def test_names_of_files_do_not_reach_the_terminal_raw(tmp_path, images):
+    names = ["\x1b[31mred", "two\nlines", "\u202eback", "\u00e9\u4e2d"]
+    for path, name in zip(sorted(images.iterdir()), names, strict=True):
+        path.rename(images / f"{name}.npy")
+        (images / f"{name}2.npy").write_bytes((images / f"{name}.npy").read_bytes())
+        (images / f"{name}3.npy").write_bytes(b"junk")
+    out = tmp_path / "a\x1bb.h5"
+    built = run("build", images, "--out", out, "--skip-bad", PYTHONIOENCODING="utf-8")
+    twin = out.with_name("twin.h5")
+    twin.write_bytes(out.read_bytes())
+    told = run("info", out, PYTHONIOENCODING="utf-8").stdout + run("verify", out, twin, PYTHONIOENCODING="utf-8").stdout
+    text = built.stdout + built.stderr + told
+    assert len(built.stderr.splitlines()) == 4
+    assert not {"\x1b", "\u202e"} & set(text)
+    assert "\nlines" not in text
+    for shown in (
+        r"in/\x1b[31mred2.npy = in/\x1b[31mred.npy",
+        r"two\nlines",
+        r"\u202eback",
+        "\u00e9\u4e2d",
+        r"a\x1bb.h5",
+    ):
+        assert shown in text
+
+
 def test_preview(tmp_path, images):
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")

@@ -122,6 +122,8 @@ def test_refusals(tmp_path, three):
     ):
         with pytest.raises(InputError, match=words):
             merge_shards(shards, target)
+    with pytest.raises(InputError, match=r"out must be a file name, got '.*new/'"):
+        merge_shards(three, f"{tmp_path}/new/")
     assert not target.exists()
     assert not list(tmp_path.glob("*.partial"))
     target.write_text("mine")
@@ -130,6 +132,58 @@ def test_refusals(tmp_path, three):
     assert target.read_text() == "mine"
     merge_shards(three, target, overwrite=True)
     assert verify(target) == []
+
+
+def test_people_of_one_name_in_different_data_sets(tmp_path):
+    long, long_name = "x" * 3000, "leeds" * 40
+    first = write(
+        tmp_path / f"{long_name}.h5",
+        [image(str(i), i, group="sub-01", shape=(1, 4, 5)) for i in range(30)] + [image("n", 99)],
+    )
+    second = write(tmp_path / "york.h5", [image("y", 50, group="sub-01", split="val"), image("z", 51, group=long)])
+    with pytest.raises(
+        InputError, match=r"sub-01 must be in one split, .*; distinct_groups=True \(--distinct-groups\)"
+    ):
+        merge_shards([first, second], tmp_path / "m.h5")
+    report = merge_shards([first, second], tmp_path / "m.h5", distinct_groups=True)
+    assert verify(tmp_path / "m.h5") == []
+    assert report.splits == {"train": (32, 3), "val": (1, 1)}
+    with Shard(tmp_path / "m.h5") as shard:
+        groups = [shard.info(i).group for i in range(len(shard))]
+    assert groups == [f"{long_name}/sub-01"] * 30 + ["", "york/sub-01", f"york/{long}"]
+    again = merge_shards([first, second], tmp_path / "again.h5", distinct_groups=True).paths[0]
+    assert again.read_bytes() == (tmp_path / "m.h5").read_bytes()
+    # The same from pixels: what the hash of the content says is what was written.
+    with Shard(tmp_path / "m.h5") as shard:
+        samples = [shard.read(i) for i in range(len(shard))]
+        decoded = write(tmp_path / "decoded.h5", samples, shard.preprocessing)
+        with Shard(decoded) as other:
+            assert other.content_hash == shard.content_hash
+    small = merge_shards([first, second], tmp_path / "s.h5", distinct_groups=True, shard_size=9000).paths
+    assert len(small) > 3
+    assert max(path.stat().st_size for path in small[:-2]) <= 9000
+
+    (tmp_path / "x").mkdir()
+    twin = write(tmp_path / "x" / "york.h5", [image("t", 60)])
+    with pytest.raises(InputError, match=r"distinct_groups .* must have shards of different names, got york twice"):
+        merge_shards([second, twin], tmp_path / "t.h5", distinct_groups=True)
+    leak = write(tmp_path / "leak.h5", [image("t", 60, group="a"), image("u", 61, group="a", split="val")])
+    with pytest.raises(InputError, match=r"in val of .*leak.h5$"):
+        merge_shards([first, leak], tmp_path / "t.h5", distinct_groups=True)
+    with ShardWriter(tmp_path / "w.h5", preprocessing={}) as writer, Shard(first) as shard:
+        with pytest.raises(InputError, match="group must be at most 32768 bytes without NUL"):
+            writer.copy(shard, 0, group="g" * 32769)
+        writer.copy(shard, 0, group="")
+    with Shard(tmp_path / "w.h5") as shard:
+        assert shard.info(0).group == ""
+    assert verify(tmp_path / "w.h5") == []
+
+
+def test_longer_groups_count_in_the_size_of_shards(tmp_path):
+    fields = {"group": "sub-01", "shape": (1, 4, 5, 6), "original": Original((4, 5, 6), np.eye(4), np.eye(4), "LPS")}
+    shard = write(tmp_path / f"{'leeds' * 48}.h5", [image(str(i), i, **fields) for i in range(300)])
+    report = merge_shards(shard, tmp_path / "s.h5", distinct_groups=True, shard_size=300_000)
+    assert report.paths[0].stat().st_size <= 300_000
 
 
 def test_groups_without_a_name_are_their_own(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -15,8 +16,8 @@ from coverfast.samples import encoded
 from coverfast.shards import Shard, ShardWriter
 
 Advance = Callable[[str, int, int], None]
-#: File, index in it, and the split to store; None keeps the one it has.
-Item = tuple[Path, int, str | None]
+#: File, index in it, and the split and the group to store; None keeps the one it has.
+Item = tuple[Path, int, str | None, str | None]
 
 # What HDF5 adds at most, in bytes: a chunk, a sample (header, attributes, link, rows of the tables), a shard.
 _A_CHUNK, _A_SAMPLE, _A_SHARD = 32, 1280, 8192
@@ -92,6 +93,13 @@ class Target:
         return counts
 
 
+def file_name(out: str | os.PathLike[str]) -> Path:
+    """`out` as a path; `InputError` if it ends like a folder, which `Path` would forget."""
+    text = os.fspath(out)
+    require(text[-1:] not in ("", os.sep, os.altsep), f"out must be a file name, got {text!r}")
+    return Path(text)
+
+
 def stored_size(shard: Shard, index: int) -> int:
     """The most bytes that a sample takes in a shard."""
     info, dataset = shard.info(index), shard.dataset(index)
@@ -115,8 +123,8 @@ def assemble(
                 advance("checking", before + checked, total)
 
             with ShardWriter(partial.draft(number), overwrite=True, progress=checking, **options) as writer:
-                for path, index, split in islice(waiting, count):
-                    writer.copy(opened(path), index, split=split)
+                for path, index, split, group in islice(waiting, count):
+                    writer.copy(opened(path), index, split=split, group=group)
                     advance("writing", done + len(writer), total)
             done += count
     return target_names(target.out, len(counts), target.shard_size is not None)

@@ -13,10 +13,11 @@ import numpy as np
 
 from coverfast import __version__
 from coverfast.checks import InputError, require
-from coverfast.ingest.assembly import Advance, Item, Report, Target, assemble, stored_size
+from coverfast.ingest.assembly import Advance, Item, Report, Target, assemble, file_name, stored_size
 from coverfast.ingest.files import PathLike
 from coverfast.ingest.partial import Partial
 from coverfast.ingest.splits import duplicates, join_groups, split_counts
+from coverfast.samples import encoded
 from coverfast.shards import SPLITS, VERSION, Shard
 
 
@@ -35,6 +36,7 @@ def merge_shards(
     out: PathLike,
     *,
     shard_size: int | None = None,
+    distinct_groups: bool = False,
     overwrite: bool = False,
     restart: bool = False,
     progress: Advance | None = None,
@@ -42,25 +44,39 @@ def merge_shards(
     """Copy the samples of `shards`, in that order and with their splits, into `out`, chunk by chunk.
 
     shard_size, overwrite, restart: as in `build_shard`; the new shards get their names when all are complete and read
-    back. progress: called with ("scanning", "writing" or "checking", samples done, in all). `InputError`: shards that
-    differ in dimension, channels or preprocessing; a group that is in different splits; a shard given twice or as
-    `out`; and what `Shard` and `ShardWriter` refuse.
+    back. distinct_groups: groups of one name in different shards are different people (then `shards` must not be parts
+    of one data set); the group "sub-01" of SITE.h5 becomes "SITE/sub-01". progress: called with ("scanning", "writing"
+    or "checking", samples done, in all). `InputError`: shards that differ in dimension, channels or preprocessing; a
+    group that is in different splits; a shard given twice or as `out`; with distinct_groups, two of one file name; and
+    what `Shard` and `ShardWriter` refuse.
     """
     paths = [Path(p) for p in ([shards] if isinstance(shards, str | os.PathLike) else shards)]
     require(len(paths) > 0, "shards must be at least 1 file, got none")
     advance = progress or (lambda stage, done, total: None)
-    target = Target(Path(out), shard_size, overwrite)
+    target = Target(file_name(out), shard_size, overwrite)
     hashes, counts, options = _check_alike(paths, target.out)
-    settings = {"merge": hashes, "shard_size": shard_size, "made by": f"coverfast {__version__}, format {VERSION}"}
+    stems: list[str] = [path.stem for path in paths] if distinct_groups else []
+    for path in paths if distinct_groups else ():
+        require(
+            stems.count(path.stem) == 1,
+            f"distinct_groups (--distinct-groups) must have shards of different names, got {path.stem} twice",
+        )
+    settings = {
+        "merge": hashes,
+        "distinct_groups": stems,
+        "shard_size": shard_size,
+        "made by": f"coverfast {__version__}, format {VERSION}",
+    }
     with Partial(target.out, settings, restart=restart) as partial:
         if (finished := partial.published()) is not None:
             return MergeReport.from_plain(finished)
         target.check()
-        known = _Known(sum(counts), advance)
+        known = _Known(sum(counts), distinct_groups, advance)
         for path in paths:
             known.look(path)
+        places = ((path, index) for path, count in zip(paths, counts, strict=True) for index in range(count))
         items: Iterator[Item] = (
-            (path, index, None) for path, count in zip(paths, counts, strict=True) for index in range(count)
+            (path, index, None, group) for (path, index), group in zip(places, known.groups, strict=True)
         )
         names = assemble(partial, target, items, target.parts(known.sizes), advance, **options)
         sets, _ = join_groups(known.groups, known.hashes)
@@ -114,8 +130,8 @@ def _name(shards: list[Shard], counts: list[int], index: int) -> str:
 class _Known:
     """What is known of the samples of all shards; refuses a group in two splits."""
 
-    def __init__(self, total: int, advance: Advance) -> None:
-        self._total, self._advance = total, advance
+    def __init__(self, total: int, distinct_groups: bool, advance: Advance) -> None:
+        self._total, self._distinct, self._advance = total, distinct_groups, advance
         self._of_group: dict[str, tuple[str, Path]] = {}
         self.hashes: list[bytes] = []
         self.groups: list[str] = []
@@ -126,16 +142,18 @@ class _Known:
         with Shard(path) as shard:
             for index in range(len(shard)):
                 info = shard.info(index)
-                split, other = self._of_group.setdefault(info.group, (info.split, path))
-                if info.group and split != info.split:
+                group = f"{path.stem}/{info.group}" if self._distinct and info.group else info.group
+                split, other = self._of_group.setdefault(group, (info.split, path))
+                if group and split != info.split:
+                    advice = "; distinct_groups=True (--distinct-groups) tells people of one name apart"
                     raise InputError(
                         f"group {info.group} must be in one split, got it in {split} of {other} and in {info.split} "
-                        f"of {path}"
+                        f"of {path}{advice * (other != path)}"
                     )
                 self.hashes.append(bytes.fromhex(info.sha256))
-                self.groups.append(info.group)
+                self.groups.append(group)
                 self.splits.append(SPLITS.index(info.split))
-                self.sizes.append(stored_size(shard, index))
+                self.sizes.append(stored_size(shard, index) + len(encoded(group)) - len(encoded(info.group)))
                 self._advance("scanning", len(self.splits), self._total)
 
     def crossing(self) -> int:

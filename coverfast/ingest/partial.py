@@ -2,7 +2,7 @@
 
     lock               held by the builder that is at work
     workers            held by each of its processes, which may outlive it for a moment
-    settings.json      what shapes the result; other settings do not resume
+    settings.json      what shapes the result; other settings do not resume what is finished
     ab/ab01....h5      pieces: finished samples, a shard of one each
     shard-00000.h5     finished shards without their names yet
     publish.json       there once all of them are: which file gets which name, and the report
@@ -54,7 +54,7 @@ class Partial:
     """The partial folder of `out`, locked while the block runs, with temporaries of an earlier run swept away.
 
     settings: a JSON-able dict. restart: forget what is there. Leaving the block removes a folder without pieces.
-    `InputError`: another builder holds it, it was begun with other settings, or it cannot be written.
+    `InputError`: another builder holds it, it has samples finished with other settings, or it cannot be written.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], *, restart: bool = False) -> None:
@@ -157,7 +157,8 @@ class Partial:
 
     def _check_settings(self) -> None:
         path = self.folder / _SETTINGS
-        if not path.exists():
+        # Where nothing is finished, as when a build was killed at once, nothing is lost either.
+        if not path.exists() or not (self.has_pieces() or (self.folder / _PUBLISH).exists()):
             write_atomically(path, json.dumps(self._settings, indent=1))
             return
         try:
