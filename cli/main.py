@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from coverfast.checks import InputError
+from coverfast.checks import InputError, printable
 from coverfast.cli import bench, pretrain, shards
 
 app = typer.Typer(
@@ -43,7 +43,7 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output has gone: `coverfast config small-2d | head`
         sys.stderr.close()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coverfast.checks import require
+from coverfast.checks import printable, require
 from coverfast.disk import byte_count
 from coverfast.ingest.presets import PRESETS, Parameter
 
@@ -163,7 +163,7 @@ def build(
         print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(130)
     for reason in report.skipped:
-        print(f"skipped: {_shown(reason)}", file=sys.stderr)
+        print(f"skipped: {printable(reason)}", file=sys.stderr)
     notes = [f"{report.kept} of an earlier run"] if report.kept else []
     notes += [f"{len(report.skipped)} unreadable files skipped"] if report.skipped else []
     notes += [f"{report.unwanted} images of another dimension left out"] if report.unwanted else []
@@ -208,7 +208,7 @@ def merge(
 def _tell(report: BuildReport | MergeReport, notes: list[str]) -> None:
     first, last = report.paths[0], report.paths[-1]
     names = str(first) if len(report.paths) == 1 else f"{first} to {last.name}"
-    print(f"{_shown(names)}: {', '.join([_samples(report.samples), byte_count(report.size_bytes), *notes])}")
+    print(f"{printable(names)}: {', '.join([_samples(report.samples), byte_count(report.size_bytes), *notes])}")
     if len(report.splits) > 1:
         parts = [
             f"{name} {_samples(samples)} of {groups} group" + "s" * (groups != 1)
@@ -216,7 +216,7 @@ def _tell(report: BuildReport | MergeReport, notes: list[str]) -> None:
         ]
         print(f"splits: {', '.join(parts)}")
     if report.duplicates:
-        pairs = [_shown(f"{later} = {earlier}") for earlier, later in report.duplicate_pairs]
+        pairs = [printable(f"{later} = {earlier}") for earlier, later in report.duplicate_pairs]
         more = ", ..." if report.duplicates > len(pairs) else ""
         print(f"duplicates: {_samples(report.duplicates)} with the pixels of an earlier one: {', '.join(pairs)}{more}")
 
@@ -234,7 +234,7 @@ def info(shard: Annotated[Path, typer.Argument(help="The shard to describe.")]) 
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     with Shard(shard) as opened:
-        facts = [(key, _shown(value)) for key, value in _facts(opened)]
+        facts = [(key, printable(value)) for key, value in _facts(opened)]
     if not sys.stdout.isatty():  # one unfolded line a fact, for other programs
         print("\n".join(f"{key:<16}{value}" for key, value in facts))
         return
@@ -290,11 +290,11 @@ def verify(shards: Annotated[list[Path], typer.Argument(help="The shards to chec
         with _progress() as advance:
             problems = check(path, lambda done, total, advance=advance: advance("checking", done, total))  # type: ignore[misc]
         for problem in problems:
-            print(f"error: {_shown(problem)}", file=sys.stderr)
+            print(f"error: {printable(problem)}", file=sys.stderr)
         failed = failed or bool(problems)
         if not problems:
             with Shard(path) as opened:
-                print(f"sound: {_samples(len(opened))}" + (f", {_shown(str(path))}" if len(paths) > 1 else ""))
+                print(f"sound: {_samples(len(opened))}" + (f", {printable(str(path))}" if len(paths) > 1 else ""))
     if failed:
         raise typer.Exit(2)
 
@@ -343,11 +343,6 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[stage], completed=done, total=total)
 
         yield advance
-
-
-def _shown(text: str) -> str:
-    """A file may have any name: nothing that moves the cursor, ends a line or colours the terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _groups(groups: list[str]) -> str:

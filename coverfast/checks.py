@@ -120,3 +120,8 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Check that a string is one of `choices`."""
     if value not in choices:
         raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def printable(text: str) -> str:
+    """A file may have any name: nothing that moves the cursor, ends a line or colours the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
