@@ -6,8 +6,10 @@ ranks, and from any iteration on.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -307,13 +309,23 @@ def _sound(loader: Iterable[Images | InputError]) -> Iterator[Images]:
                 raise batch
             small: dict[str, Any] = {name: torch.from_numpy(getattr(batch, name)) for name in _SMALL}
             yield batch._replace(**small)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise InputError(
-            "reading processes must live as long as the run, but one ended (too little memory, or a script without "
-            f"`if __name__ == '__main__':`?): {error}"
-        ) from error
+    except (EOFError, OSError, RuntimeError) as error:
+        # The signal of a process's death may still be on its way, and torch raises wherever it arrives.
+        with contextlib.suppress(RuntimeError):
+            time.sleep(0.5)
+        if lost := lost_reader(error):
+            raise lost from error
+        raise
+
+
+def lost_reader(error: BaseException) -> InputError | None:
+    """The refusal if an error means that a reading process has died; torch may raise it anywhere in the main thread."""
+    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        return None
+    return InputError(
+        "reading processes must live as long as the run, but one ended (too little memory, or a script without "
+        f"`if __name__ == '__main__':`?): {error or type(error).__name__}"
+    )
 
 
 def _ahead(batches: Iterator[Images], device: torch.device) -> Iterator[Images]:

@@ -15,7 +15,7 @@ from coverfast.backbones.files import backbone_bytes
 from coverfast.checks import InputError, check_choice, per_axis, require
 from coverfast.disk import write_atomically
 from coverfast.geometry import level_size
-from coverfast.loader import ImageStream, load_batches, reading_processes
+from coverfast.loader import ImageStream, load_batches, lost_reader, reading_processes
 from coverfast.methods.cover import Cover
 from coverfast.ops.dispatch import OPS, choose
 from coverfast.pyramid import VectorPyramid
@@ -89,6 +89,8 @@ class Pretraining:
                     f"a batch of {s.batch} crops of {s.crop} does not fit into the memory of {self.device}; "
                     f"use a smaller --batch or --crop"
                 ) from None
+            if isinstance(error, RuntimeError) and (lost := lost_reader(error)):
+                raise lost from error
             raise
         if self.bad:
             self.notes.append(f"{len(self.bad)} sample(s) could not be read and were skipped, named above")
