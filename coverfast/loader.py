@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from coverfast.checks import InputError, check_choice, per_axis, require
 from coverfast.geometry import Size
+from coverfast.machine import usable_cores
 from coverfast.philox import STREAM_CROP, STREAM_SPARE, permutation, scalar_uniform
 from coverfast.samples import ON_BAD_SAMPLE
 from coverfast.shard_reader import Allocate
@@ -99,9 +99,8 @@ class ImageStream(Dataset[Images | InputError]):
         on_bad_sample: str = "stop",
         least: tuple[int, ...] = (),
     ) -> None:
-        for name, value, bound in (("batch", batch, 2**32), ("crops", crops, 2**32), ("world", world, 2**32)):
-            fits = isinstance(value, int) and 1 <= value < bound
-            require(fits, f"{name} must be an int of at least 1, got {value!r}")
+        for name, value in (("batch", batch), ("crops", crops), ("world", world)):
+            require(isinstance(value, int) and value >= 1, f"{name} must be an int of at least 1, got {value!r}")
         require(isinstance(seed, int) and 0 <= seed < 2**64, f"seed must be an int in [0, 2^64), got {seed!r}")
         require(
             0 <= rank < world and batch % world == 0,
@@ -309,7 +308,7 @@ def _sound(loader: Iterable[Images | InputError]) -> Iterator[Images]:
                 raise batch
             small: dict[str, Any] = {name: torch.from_numpy(getattr(batch, name)) for name in _SMALL}
             yield batch._replace(**small)
-    except (EOFError, OSError, RuntimeError) as error:
+    except (EOFError, ConnectionError, FileNotFoundError, RuntimeError) as error:
         # The signal of a process's death may still be on its way, and torch raises wherever it arrives.
         with contextlib.suppress(RuntimeError):
             time.sleep(0.5)
@@ -320,7 +319,10 @@ def _sound(loader: Iterable[Images | InputError]) -> Iterator[Images]:
 
 def lost_reader(error: BaseException) -> InputError | None:
     """The refusal if an error means that a reading process has died; torch may raise it anywhere in the main thread."""
-    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+    # What a process raised is told as "in DataLoader worker process 0", its death as "DataLoader worker (pid ...".
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+        return None
+    if "in DataLoader worker process" in str(error):
         return None
     return InputError(
         "reading processes must live as long as the run, but one ended (too little memory, or a script without "
@@ -392,5 +394,4 @@ def crop_loader(
 
 def reading_processes(device: torch.device) -> int:
     """How many processes to read with: the cores but one, at most eight, for a GPU; none where the CPU trains."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, max(1, cores - 1)) if device.type == "cuda" else 0
+    return min(8, max(1, usable_cores() - 1)) if device.type == "cuda" else 0

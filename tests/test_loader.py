@@ -320,6 +320,17 @@ def test_a_reading_process_that_is_killed(shards):
         list(load_batches(stream(shards, regions=Deadly((32, 32))), last=9, workers=1, start_method="fork"))
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, EOFError, FileNotFoundError])
+def test_what_a_reading_process_raises_is_not_taken_for_its_death(shards, kind):
+    class Broken(RandomCrops):
+        def __call__(self, seed, iteration, samples, sizes):
+            raise kind("a fault of the caller's")
+
+    with pytest.raises(kind, match="a fault of the caller's") as caught:
+        list(load_batches(stream(shards, regions=Broken((32, 32))), last=2, workers=1, start_method="fork"))
+    assert not isinstance(caught.value, InputError)
+
+
 @pytest.mark.gpu
 def test_batches_on_a_gpu_are_those_on_a_cpu(shards):
     here = list(load_batches(stream(shards), last=6))

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Generic, TypeVar, cast
 
 from coverfast.checks import InputError, require
+from coverfast.machine import usable_cores
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -27,8 +28,7 @@ def worker_count(workers: int | None) -> int:
     require(ok, f"workers must be an int from 0 to 1024, got {workers!r}")
     if workers is not None:
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores - 1)
+    return max(1, usable_cores() - 1)
 
 
 class Workers(Generic[Task, Result]):
