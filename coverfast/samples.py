@@ -96,9 +96,6 @@ class SampleInfo(NamedTuple):
 def check_sample(sample: Sample) -> None:
     """Raise `InputError`, naming the source, unless a shard can hold the sample."""
     pixels, name = sample.pixels, sample.source
-    for key, text in (("source", name), ("group", sample.group)):
-        require(isinstance(text, str) and "\0" not in text, f"{key} must be a string without NUL, got {text!r}")
-        require(len(encoded(text)) <= LONGEST_TEXT, f"{key} must be at most {LONGEST_TEXT} bytes, got {text[:80]}...")
     require(isinstance(pixels, np.ndarray), f"{name}: pixels must be a numpy array, got {type(pixels).__name__}")
     require(pixels.dtype.name in DTYPES, f"{name}: pixels must be one of {', '.join(DTYPES)}, got {pixels.dtype.name}")
     require(
@@ -113,6 +110,9 @@ def check_sample(sample: Sample) -> None:
 def check_metadata(sample: Sample | SampleInfo, n: int) -> None:
     """Raise `InputError`, naming the source, unless what is said of an image of `n` dimensions makes sense."""
     name, original = sample.source, sample.original
+    for key, text in (("source", name), ("group", sample.group)):
+        require(isinstance(text, str) and "\0" not in text, f"{key} must be a string without NUL, got {text!r}")
+        require(len(encoded(text)) <= LONGEST_TEXT, f"{key} must be at most {LONGEST_TEXT} bytes, got {text[:80]}...")
     scaling = (sample.slope, sample.intercept, sample.lo, sample.hi, sample.hi - sample.lo)
     require(
         all(math.isfinite(v) for v in scaling),

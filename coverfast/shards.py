@@ -177,8 +177,6 @@ class ShardWriter:
         changed = group is not None and group != info.group
         info = info._replace(split=info.split if split is None else split, group=info.group if group is None else group)
         check_metadata(info, shard.ndim)
-        fits = "\0" not in info.group and len(encoded(info.group)) <= LONGEST_TEXT
-        require(fits, f"group must be at most {LONGEST_TEXT} bytes without NUL, got {info.group!r:.80}")
         self._check_like_first(info.shape, info.source)
         dataset = shard.dataset(index)
         if not (dataset.chunks and dataset.fletcher32 and dataset.dtype.str[0] in "<|"):
