@@ -1,6 +1,8 @@
 """Calls of warp, composition and the losses, in numbers: tensors are made of them on any device, in any precision."""
 
+import math
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,12 @@ from coverfast.kernels.launch import override
 from coverfast.ops.losses import field_errors
 from coverfast.ops.warp import resample, warp, warp_up
 
+MARKS = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),  # numpy, interpreting
+]
+INF, NAN = math.inf, math.nan
+WILD = (NAN, INF, -INF, 1e30, -1e30, 2.0**31, -(2.0**31))
 CHANNELS = (1, 2, 3, 8, 12, 33, 36)
 FIELD_DTYPES = (torch.float32, torch.float64)
 LABELS = (
@@ -49,7 +57,7 @@ def gradients_of(out: Tensor, inputs: list[Tensor], slope: Tensor) -> list[Tenso
 
 
 @dataclass(frozen=True)
-class Spec:
+class Spec(ABC):
     """What every call has: how sums are taken, and in what tiles (y, x); None leaves both to the library."""
 
     size: tuple[int, ...]
@@ -83,8 +91,9 @@ class Spec:
         x = x.to(dtype)
         return laid_out(x.to(device), self.layouts[index])
 
+    @abstractmethod
     def results(self, device: str = "cpu", impl: str = "triton", *, exact: bool = False) -> list[Tensor]:
-        raise NotImplementedError
+        """The value of a call and its gradients, on the CPU; exact: computed in float64."""
 
 
 def assert_equals_reference(spec: Spec, device: str, tolerance: float = 1e-10) -> list[Tensor]:

@@ -1,6 +1,5 @@
 """The kernels of composition against the definition, on the GPU or in Triton's interpreter; unwritten memory is NaN."""
 
-import math
 from dataclasses import replace
 from itertools import product
 
@@ -17,6 +16,10 @@ from coverfast.kernels import compose as kernels
 from coverfast.kernels.launch import override
 
 from .field_cases import (
+    INF,
+    MARKS,
+    NAN,
+    WILD,
     ComposeSpec,
     Guarded,
     assert_equals_reference,
@@ -30,13 +33,8 @@ from .field_cases import (
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("needs a GPU (test_interpreter.py runs these without one)", allow_module_level=True)
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned"),
-    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),  # numpy, interpreting
-]
+pytestmark = MARKS
 
-INF, NAN = math.inf, math.nan
-WILD = (NAN, INF, -INF, 1e30, -1e30, 2.0**31, -(2.0**31))
 #: A tile (y, x) that adds in another order; a compiler might round otherwise too.
 OTHER = (1, 2) if INTERPRETED else (2, 4)
 

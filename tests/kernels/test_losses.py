@@ -1,6 +1,5 @@
 """The kernels of the losses against the definition, on the GPU or in Triton's interpreter; unwritten memory is NaN."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -18,6 +17,10 @@ from coverfast.layout import channels_last
 from coverfast.ops.losses import field_errors
 
 from .field_cases import (
+    INF,
+    MARKS,
+    NAN,
+    WILD,
     Guarded,
     LossSpec,
     assert_equals_reference,
@@ -31,13 +34,8 @@ from .field_cases import (
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("needs a GPU (test_interpreter.py runs these without one)", allow_module_level=True)
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned"),
-    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),  # numpy, interpreting
-]
+pytestmark = MARKS
 
-INF, NAN = math.inf, math.nan
-WILD = (NAN, INF, -INF, 1e30, -1e30, 2.0**31, -(2.0**31))
 #: A tile (y, x) that adds in another order; a compiler might round otherwise too.
 OTHER = (1, 2) if INTERPRETED else (4, 4)
 ROWS = ("channels_last",) * 4
