@@ -20,10 +20,10 @@ def ints(text: str) -> tuple[int, ...]:
 
 def _option(setting: Any) -> inspect.Parameter:
     kind = type(setting.default)
-    names = [f"--{setting.name.replace('_', '-')}"]
+    names = [f"--{name.replace('_', '-')}" for name in (setting.name, *setting.metadata.get("also", ()))]
     extra: dict[str, Any] = {"help": setting.metadata["help"], "show_default": False}
     if kind is bool:
-        names = [f"{names[0]}/--no-{setting.name.replace('_', '-')}"]
+        names = [f"{names[0]}/--no-{names[0][2:]}"]
     if setting.default == ():
         annotation: Any = Annotated[list[str] | None, typer.Option(*names, **extra)]
     elif kind is tuple:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +13,8 @@ import typer
 from coverfast.checks import require
 from coverfast.cli.options import with_settings
 from coverfast.cli.progress import training_progress
-from coverfast.training.settings import PRESETS, Settings, preset_settings, to_toml
+from coverfast.training.config import to_toml
+from coverfast.training.settings import PRESETS, Settings, preset_settings
 
 if TYPE_CHECKING:
     from coverfast.training.pretrain import Pretraining
@@ -32,42 +32,49 @@ def pretrain(
     metrics, checkpoints, backbone.safetensors and, with matplotlib, a picture. `coverfast config PRESET` shows what a
     preset sets.
     """
-    from coverfast.training import pretrain as library
+    from coverfast.training import plan as library
+    from coverfast.training.world import processes
 
-    if resume:
-        require(config is None, "config cannot be given with --resume: the run has its own")
-        ready = library.resume(flags)
-    else:
-        ready = library.plan(flags, config)
-    run_pretraining(ready)
+    with processes(float(flags.get("timeout", Settings.timeout))) as world:
+        if resume:
+            require(config is None, "config cannot be given with --resume: the run has its own")
+            ready = library.resume(flags, world)
+        else:
+            ready = library.plan(flags, config, world)
+        run_pretraining(ready)
 
 
 def run_pretraining(ready: Pretraining) -> None:
     """Train with progress on the terminal and say where everything lies."""
     s = ready.settings
+    if not ready.world.writes:
+        ready.start()
+        return
     for note in ready.notes:
         print(note)
     told = len(ready.notes)
+    where = f"{ready.world.size} processes on {ready.engine.device.type}" if ready.world.size > 1 else ready.engine.device
     print(
         f"{s.preset}: iterations {ready.first} to {s.iterations}, batch {s.batch}, crop {'x'.join(map(str, s.crop))}, "
         f"{len(ready.shards)} sample(s) of {_first_of(ready.shards.paths)} (split {ready.shards.split}), "
-        f"{len(ready.val) if ready.val else 0} held out, on {ready.device}"
+        f"{len(ready.val) if ready.val else 0} held out, {ready.engine.choices.precision} on {where}"
     )
     started = time.monotonic()
     try:
-        with training_progress(ready.first, s.iterations) as show:
-            run = ready.start(on_step=show)
-    except KeyboardInterrupt:
-        if ready.run:
+        with training_progress(ready.first, s.iterations) as progress:
+            ready.on_note = progress.note
+            run = ready.start(on_step=progress.show)
+    except (KeyboardInterrupt, SystemExit):
+        if ready.run and ready.run.checkpoints.paths():
             print(f"stopped; continue with: coverfast pretrain --resume --run {shlex.quote(str(ready.run.folder))}")
-        sys.exit(130)
+        raise
     for note in ready.notes[told:]:
         print(note)
     print(f"done in {time.monotonic() - started:.0f} s: {run.folder}")
     for path, what in (
         (run.backbone, "the trained backbone, coverfast.load_backbone() reads it"),
-        (run.picture, "views, true and predicted field, warped views, curves"),
-        (run.metrics, "a line an iteration"),
+        (run.report / "index.html", "views, fields, features, similarities and curves, to look at"),
+        (run.metrics, "figures of every iteration"),
         (run.config, "settings, versions, commit, data hash"),
     ):
         if path.exists():
@@ -91,7 +98,7 @@ def demo(
 ) -> None:
     """Build a shard of synthetic anatomy, pretrain small-2d on it and show where everything lies."""
     from coverfast.ingest.phantoms import build_phantoms
-    from coverfast.training import pretrain as library
+    from coverfast.training import plan as library
 
     out = out or Path(f"runs/{datetime.now():%Y%m%d-%H%M%S}-demo")
     require(

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,6 +24,10 @@ def _text(record: Record) -> str:
     parts += [f"epe {record['epe']:.2f} px", f"ratio {record.get('epe_ratio', math.nan):.3f}"]
     if "val_epe" in record:
         parts.append(f"held out {record['val_epe']:.2f} px")
+    if record.get("data_wait", 0) >= 0.02:
+        parts.append(f"waiting {record['data_wait']:.0%}")
+    if record.get("skipped"):
+        parts.append(f"skipped {record['skipped']}")
     return "  ".join(parts)
 
 
@@ -36,41 +41,58 @@ class _TwoLines(Progress):
         yield Text(self.figures, no_wrap=True, overflow="ellipsis")
 
 
-@contextmanager
-def training_progress(first: int, iterations: int) -> Iterator[Callable[[Record], None]]:
-    """Give a function that shows a record: a bar on a terminal, a line now and then elsewhere.
+@dataclass
+class Shown:
+    """Where a training's figures and notes go."""
 
-    Shows loss, its parts, end-point error and ratio (running means), the last held-out error, iterations a second and
-    the time left.
+    show: Callable[[list[Record]], None]
+    note: Callable[[str], None]
+
+
+@contextmanager
+def training_progress(first: int, iterations: int) -> Iterator[Shown]:
+    """Give what shows records and notes: a bar on a terminal with notes above it, a line now and then elsewhere.
+
+    Shows loss, its parts, end-point error and ratio (running means), the last held-out error, the share of time spent
+    waiting for data, iterations a second and the time left.
     """
     console = Console()
     mean: Record = {}
-    started = time.monotonic()
+    started: float | None = None
+    skipped = 0
 
-    def smooth(record: Record) -> Record:
-        for name, value in record.items():
-            if math.isnan(value):  # no pixel in both views: no ratio
-                continue
-            # Held-out figures come seldom and on the same views: the last is shown as it is.
-            old = value if name.startswith("val_") else mean.get(name, value)
-            mean[name] = _SMOOTH * old + (1 - _SMOOTH) * value
-        return mean
+    def smooth(records: list[Record]) -> Record:
+        nonlocal skipped
+        for record in records:
+            skipped += int(record.get("skipped", 0))
+            for name, value in record.items():
+                if math.isnan(value):  # no pixel in both views: no ratio
+                    continue
+                # Held-out figures come seldom and on the same views: the last is shown as it is.
+                old = value if name.startswith("val_") else mean.get(name, value)
+                mean[name] = _SMOOTH * old + (1 - _SMOOTH) * value
+        return mean | {"skipped": skipped}
 
     def rate(done: int) -> float:
-        return (done - first + 1) / max(time.monotonic() - started, 1e-9)
+        nonlocal started
+        now = time.monotonic()
+        if started is None:  # what comes before the first step is no part of the rate
+            started = now - mean.get("seconds", 0.0) * (done - first + 1)
+        return (done - first + 1) / max(now - started, 1e-9)
 
     if not console.is_terminal:
         printed = -math.inf
 
-        def print_line(record: Record) -> None:
+        def print_line(records: list[Record]) -> None:
             nonlocal printed
-            done, shown, now = int(record["iteration"]), smooth(record), time.monotonic()
+            done, shown, now = int(records[-1]["iteration"]), smooth(records), time.monotonic()
+            speed = rate(done)
             if now - printed >= _SECONDS or done == iterations:
                 printed = now
-                left = (iterations - done) / rate(done)
-                print(f"{done}/{iterations}  {_text(shown)}  {rate(done):.2f} it/s  {left:.0f} s left", flush=True)
+                left = (iterations - done) / speed
+                print(f"{done}/{iterations}  {_text(shown)}  {speed:.2f} it/s  {left:.0f} s left", flush=True)
 
-        yield print_line
+        yield Shown(print_line, lambda text: print(text, flush=True))
         return
 
     columns = [
@@ -82,12 +104,12 @@ def training_progress(first: int, iterations: int) -> Iterator[Callable[[Record]
     with _TwoLines(*columns, console=console, expand=True) as bar:
         task = bar.add_task("", total=iterations, completed=first - 1, rate=0.0)
 
-        def draw(record: Record) -> None:
-            done = int(record["iteration"])
-            bar.figures = _text(smooth(record))
+        def draw(records: list[Record]) -> None:
+            done = int(records[-1]["iteration"])
+            bar.figures = _text(smooth(records))
             bar.update(task, completed=done, rate=rate(done))
 
-        yield draw
+        yield Shown(draw, lambda text: bar.console.print(text, highlight=False, markup=False))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coverfast.checks import InputError, check_dvf, per_axis, shape_of
+from coverfast.checks import InputError, check_dvf, check_same, per_axis, shape_of
 
 Size = int | Sequence[int]
 
@@ -196,6 +196,29 @@ def downsample_gradient(grad: Tensor) -> Tensor:
         out.narrow(axis, 1, last).add_(odd.narrow(axis, 0, last), alpha=0.25)
         out.narrow(axis, last, 1).add_(odd.narrow(axis, last, 1), alpha=0.25)
     return out
+
+
+def downsample_dvf(dvf: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring a DVF and its mask to a grid of half the size: a truth to hold a coarser pyramid level against (SPEC 6).
+
+    Args:
+        dvf: `(B, n, *S)` with an even size, float32 or float64.
+        mask: `(B, 1, *S)` bool, the pixels that count.
+
+    Returns:
+        The field averaged over the `2^n` fine pixels of each coarse one and halved, since a coarse pixel is two fine
+        ones; and the mask, set where all of these pixels count. The field may be anything where that is off.
+    """
+    check_dvf("dvf", dvf)
+    check_same("mask", mask, "dvf", dvf, "batch", "size", "device")
+    if any(s % 2 for s in dvf.shape[2:]):
+        raise InputError(f"dvf must have an even size on every axis, got {shape_of(dvf)[2:]}")
+    for axis in range(2, dvf.ndim):
+        even, odd = dvf.unflatten(axis, (-1, 2)).unbind(axis + 1)
+        dvf = 0.5 * (even + odd)
+        even, odd = mask.unflatten(axis, (-1, 2)).unbind(axis + 1)
+        mask = even & odd
+    return 0.5 * dvf, mask
 
 
 def level_size(size: Sequence[int], levels: int) -> tuple[int, ...]:

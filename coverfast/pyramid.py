@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -123,20 +124,51 @@ class VectorPyramid(nn.Module):
         """
         self._check(features_a, features_b)
         levels: list[Tensor] = []
-        for level, (window, groups, project) in enumerate(
-            zip(self.windows, self.groups, self.projections, strict=True)
-        ):
-            assert isinstance(project, Projection)
-            if features_b is None:
-                keys, queries = project.linear(features_a[level]).chunk(2)
-            else:
-                keys, queries = project.linear(features_a[level]), project.linear(features_b[level])
-            if levels:
-                keys = warp_up(keys, levels[-1], impl=self.impl)
-            queries, keys = project.finish(queries, impl=self.impl), project.finish(keys, impl=self.impl)
+        for level, (window, groups) in enumerate(zip(self.windows, self.groups, strict=True)):
+            queries, keys = self._matched(level, features_a, features_b, levels)
             found = mov(queries, keys, window=window, groups=groups, impl=self.impl)
             levels.append(compose(found, levels[-1], impl=self.impl) if levels else found)
         return levels if return_levels else levels[-1]
+
+    def _matched(
+        self, level: int, features_a: Sequence[Tensor], features_b: Sequence[Tensor] | None, levels: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys of `mov` at a level, given the fields of those above."""
+        project = self.projections[level]
+        assert isinstance(project, Projection)
+        if features_b is None:
+            keys, queries = project.linear(features_a[level]).chunk(2)
+        else:
+            keys, queries = project.linear(features_a[level]), project.linear(features_b[level])
+        if level:
+            keys = warp_up(keys, levels[level - 1], impl=self.impl)
+        return project.finish(queries, impl=self.impl), project.finish(keys, impl=self.impl)
+
+    def weights(
+        self,
+        features_a: Sequence[Tensor],
+        features_b: Sequence[Tensor] | None,
+        levels: Sequence[Tensor],
+        points: Tensor,
+    ) -> list[Tensor]:
+        """What `mov` weighs at a few pixels of view b, at every level: see `window_weights`.
+
+        Args:
+            features_a: as in `forward`.
+            features_b: as in `forward`.
+            levels: the fields that `forward` gave for these features with `return_levels`.
+            points: `(K, n)` integers, pixels of the finest level; at a coarser one, the pixel that covers each.
+
+        Returns:
+            L weights `(B, K, *window)`, coarse to fine; the mean offset under them is what `mov` found there.
+        """
+        self._check(features_a, features_b)
+        found = []
+        for level, (window, groups) in enumerate(zip(self.windows, self.groups, strict=True)):
+            queries, keys = self._matched(level, features_a, features_b, levels)
+            covering = points // 2 ** (len(self.windows) - 1 - level)
+            found.append(window_weights(queries, keys, covering, window=window, groups=groups))
+        return found
 
     def _check(self, features_a: Sequence[Tensor], features_b: Sequence[Tensor] | None) -> None:
         for name, features in (("features_a", features_a), ("features_b", features_b)):
@@ -174,3 +206,41 @@ def level_windows(window: Window, ndim: int, levels: int) -> list[tuple[int, ...
         f"window must be an odd int, {ndim} of them (one per axis) or {levels} (one per level), got {window!r}",
     )
     return [check_window(w, ndim) for w in window]
+
+
+def window_weights(
+    q: Tensor, k: Tensor, points: Tensor, *, window: int | Sequence[int], groups: int = 1, scale: float | None = None
+) -> Tensor:
+    """The weights that `mov` gives the offsets of its window at a few pixels, mean over groups (SPEC 1).
+
+    Args:
+        q: queries `(B, C, *S)`, as in `mov`; so are `k`, `window`, `groups` and `scale`.
+        k: keys `(B, C, *S)`.
+        points: `(K, n)` integers inside the grid.
+
+    Returns:
+        `(B, K, *window)`, float32 (float64 for float64 input): 0 for offsets out of the grid, 1 in all. `mov` at a
+        point is the mean of the offsets under them.
+    """
+    n = check_map("q", q)
+    check_same("k", k, "q", q, "shape", "dtype", "device")
+    sizes, dtype = check_window(window, n), torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale = (q.shape[1] // groups) ** -0.5 if scale is None else scale
+    points, size = points.to(q.device), torch.tensor(q.shape[2:], device=q.device)
+    if points.ndim != 2 or points.shape[1] != n or bool(((points < 0) | (points >= size)).any()):
+        raise InputError(f"points must be (K, {n}) pixels of a grid of {shape_of(q)[2:]}, got {points.tolist()}")
+    steps = [torch.arange(w, device=q.device) - w // 2 for w in sizes]
+    at = points[:, None] + torch.cartesian_prod(*steps)  # (K, taps, n)
+    inside = ((at >= 0) & (at < size)).all(-1)
+
+    def look_up(x: Tensor, index: Tensor) -> Tensor:
+        """`(B, groups, d, ...)` in `dtype`, at pixels `(..., n)`."""
+        flat = torch.zeros_like(index[..., 0])
+        for i, s in zip(index.unbind(-1), x.shape[2:], strict=True):
+            flat = flat * s + i.clamp(0, s - 1)
+        return x.flatten(2)[:, :, flat].to(dtype).unflatten(1, (groups, -1))
+
+    with torch.autocast(q.device.type, enabled=False):
+        scores = scale * (look_up(q, points)[..., None] * look_up(k, at)).sum(2)
+        weights = scores.masked_fill(~inside, -torch.inf).softmax(-1).mean(1)
+    return weights.unflatten(-1, sizes)

@@ -68,8 +68,9 @@ def draw(
     sizes: NDArray[np.int64],
     crop: Sequence[int],
     settings: ViewSettings,
+    focus: NDArray[np.int64] | None = None,
 ) -> Draws:
-    """The draws of the samples `(B,)`, whose images have `(B, n)` sizes."""
+    """The draws of the samples `(B,)`, whose images have `(B, n)` sizes; crops about `focus`, see `centred`."""
     n = sizes.shape[1]
     count = affine_draws(n) + n + _APPEARANCE_DRAWS + (2 * n + 1) * settings.boxes
     uniforms = _Uniforms(seed, iteration, samples, count)
@@ -77,6 +78,7 @@ def draw(
     # An image larger than the crop is cut at random, a smaller one placed at random: the origin is then negative.
     room = sizes - np.asarray(crop)
     origin = np.floor(uniforms.take(n) * (np.abs(room) + 1)).astype(np.int64) * np.sign(room)
+    origin = centred(origin, focus, sizes, crop)
     u = uniforms.take(_APPEARANCE_DRAWS)
     apply = u < settings.probability
     noise = apply[:, 0] * u[:, 1] * settings.noise
@@ -86,6 +88,20 @@ def draw(
     brightness = apply[:, 6] * u[:, 7] * settings.brightness * standard
     boxes = _boxes(uniforms.take((2 * n + 1) * settings.boxes), apply[:, 10], crop)
     return Draws(theta, origin, noise, blur, contrast, brightness, boxes)
+
+
+def centred(
+    origin: NDArray[np.int64], focus: NDArray[np.int64] | None, sizes: NDArray[np.int64], crop: Sequence[int]
+) -> NDArray[np.int64]:
+    """First pixels `(B, n)` of crops about the pixels `focus` of images of `(B, n)` sizes, as far as they fit.
+
+    `origin` stays where there is no focus (-1, or None for all), and along an axis that is no longer than the crop.
+    """
+    if focus is None:
+        return origin
+    room = sizes - np.asarray(crop)
+    about = np.clip(focus - np.asarray(crop) // 2, 0, np.maximum(room, 0))
+    return np.where((focus >= 0) & (room > 0), about, origin)
 
 
 def sample_affine(u: Array, sizes: NDArray[np.int64], settings: ViewSettings) -> Array:
@@ -161,12 +177,16 @@ class ViewRegions:
     settings: ViewSettings
 
     def __call__(
-        self, seed: int, iteration: int, samples: NDArray[np.int64], sizes: NDArray[np.int64]
+        self,
+        seed: int,
+        iteration: int,
+        samples: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        focus: NDArray[np.int64] | None = None,
     ) -> NDArray[np.int64]:
         """First pixel and one past the last, `(B, n, 2)`, of images of `(B, n)` sizes; see `make_views`."""
-        return regions_of(
-            draw(seed, iteration, samples, sizes, self.crop, self.settings), sizes, self.crop, self.settings
-        )
+        found = draw(seed, iteration, samples, sizes, self.crop, self.settings, focus)
+        return regions_of(found, sizes, self.crop, self.settings)
 
 
 def regions_of(

@@ -69,6 +69,7 @@ def make_views(
     samples: Tensor | None = None,
     sizes: Tensor | None = None,
     corner: Tensor | None = None,
+    focus: Tensor | None = None,
     settings: ViewSettings | None = None,
     pad: bool = False,
     impl: str = "auto",
@@ -85,6 +86,8 @@ def make_views(
         sizes: `(B, n)` true size of each image, on the CPU; default the size of `images`.
         corner: `(B, n)` first pixel of what `images` holds of each image, on the CPU; default 0. The part must be what
             `ViewRegions` asks for; the views are those of the whole image.
+        focus: `(B, n)` pixel of each whole image that its crop is centred on, as far as it fits, on the CPU; -1, the
+            default, for a random crop.
         settings: ranges of the transforms.
         pad: allow crops larger than an image: it is placed at random inside a zero crop, and the mask is off where
             either end of a displacement lies in the padding.
@@ -96,7 +99,7 @@ def make_views(
     n = check_map("images", images)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         given = settings or ViewSettings()
-        return _make_views(images, n, crop, seed, iteration, samples, sizes, corner, given, pad, impl)
+        return _make_views(images, n, crop, seed, iteration, samples, sizes, corner, focus, given, pad, impl)
 
 
 def _make_views(
@@ -108,6 +111,7 @@ def _make_views(
     samples: Tensor | None,
     sizes: Tensor | None,
     corner: Tensor | None,
+    focus: Tensor | None,
     settings: ViewSettings,
     pad: bool,
     impl: str,
@@ -135,7 +139,10 @@ def _make_views(
         raise InputError(f"crop must fit into every image, {tuple(small)} at the smallest, got {crop}")
     chosen = choose("views", impl, images)
     images = images.float()
-    draws = draw(seed, iteration, samples.numpy(), sizes.numpy(), crop, settings)
+    if focus is not None and (focus.shape != (batch, n) or focus.dtype.is_floating_point):
+        raise InputError(f"focus must be (B, n) integers like sizes, got {focus.dtype} of shape {shape_of(focus)}")
+    about = None if focus is None else focus.cpu().numpy()
+    draws = draw(seed, iteration, samples.numpy(), sizes.numpy(), crop, settings, about)
     first = (
         np.zeros((batch, n), np.int64) if corner is None else _check_corner(corner, draws, sizes, held, crop, settings)
     )

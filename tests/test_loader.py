@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +199,8 @@ def test_crop_loader(shards):
         ({"workers": -1}, "workers must be an int of at least 0"),
         ({"device": "cuda"}, "torch finds no GPU"),
         ({"on_bad_sample": "ignore"}, "on_bad_sample"),
+        ({"foreground": 1.5}, r"foreground must be a share in \[0, 1\], got 1.5"),
+        ({"foreground": float("nan")}, "foreground must be a share"),
     ],
 )
 def test_wrong_arguments_are_refused(shards, wrong, words, monkeypatch):
@@ -311,10 +317,10 @@ def test_a_file_that_vanishes_while_it_is_read(tmp_path):
 
 def test_a_reading_process_that_is_killed(shards):
     class Deadly(RandomCrops):
-        def __call__(self, seed, iteration, samples, sizes):
+        def __call__(self, seed, iteration, *rest):
             if iteration == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(seed, iteration, samples, sizes)
+            return super().__call__(seed, iteration, *rest)
 
     with pytest.raises(InputError, match="reading processes must live as long as the run"):
         list(load_batches(stream(shards, regions=Deadly((32, 32))), last=9, workers=1, start_method="fork"))
@@ -323,12 +329,59 @@ def test_a_reading_process_that_is_killed(shards):
 @pytest.mark.parametrize("kind", [RuntimeError, OSError, EOFError, FileNotFoundError])
 def test_what_a_reading_process_raises_is_not_taken_for_its_death(shards, kind):
     class Broken(RandomCrops):
-        def __call__(self, seed, iteration, samples, sizes):
+        def __call__(self, *_):
             raise kind("a fault of the caller's")
 
     with pytest.raises(kind, match="a fault of the caller's") as caught:
         list(load_batches(stream(shards, regions=Broken((32, 32))), last=2, workers=1, start_method="fork"))
     assert not isinstance(caught.value, InputError)
+    assert not multiprocessing.active_children()  # and nobody waits for it later
+
+
+def test_a_reading_process_leaves_it_to_the_main_one_to_stop(shards):
+    class Interrupted(RandomCrops):
+        def __call__(self, *given):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().__call__(*given)
+
+    found = load_batches(stream(shards, regions=Interrupted((32, 32))), last=4, workers=2, start_method="fork")
+    assert same(found, load_batches(stream(shards), last=4))
+
+
+ORPHANS = """
+import multiprocessing, sys
+from coverfast import ShardSet
+from coverfast.loader import ImageStream, RandomCrops, load_batches
+# What is said of 2000 images fills the pipe to a main process that does not empty it.
+stream = ImageStream(ShardSet(sys.argv[1]), batch=2000, seed=1, regions=RandomCrops((8, 8)))
+batches = load_batches(stream, workers=2, start_method="fork", device=None)
+next(batches)
+print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc who lives")
+def test_reading_processes_end_when_the_main_process_is_killed(shards):
+    def lives(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    command = [sys.executable, "-c", ORPHANS, str(shards[0])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as main:
+        assert main.stdout is not None
+        readers = [int(pid) for pid in main.stdout.readline().split()]
+        time.sleep(0.5)
+        assert len(readers) == 2
+        assert all(map(lives, readers))
+        main.kill()
+    limit = time.monotonic() + 3
+    while any(map(lives, readers)) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not any(map(lives, readers))
 
 
 @pytest.mark.gpu

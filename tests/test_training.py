@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,66 +13,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training_runs import (
+    FLAGS,
+    TINY,
+    cli,
+    lines,
+    make_shard,
+    refused,
+    resume,
+    same,
+    start,
+    weights,
+    without_pictures,
+)
 
 from coverfast import InputError, load_backbone
 from coverfast.backbones import read_backbone
-from coverfast.phantom import phantom
 from coverfast.shards import Sample, Shard, ShardWriter
-from coverfast.training import pretrain as library
-
-TINY = {
-    "channels": (8, 8, 8, 16, 16),
-    "groups": (1, 1, 1, 1, 1),
-    "batch": 2,
-    "crop": (32,),
-    "window": (3,),
-    "lr": 1e-3,
-    "threads": 1,
-}
-FLAGS = ["--channels", "8,8,8,16,16", "--groups", "1,1,1,1,1", "--batch", "2", "--crop", "32", "--window", "3"]
-
-
-def make_shard(path: Path, ndim: int = 2, count: int = 3, size: int | tuple[int, ...] = 48, seed: int = 0) -> Path:
-    with ShardWriter(path, ndim=ndim, preprocessing={"preset": "phantom"}) as writer:
-        for index in range(count):
-            image = phantom(ndim, size, seed=seed, index=index).image[None]
-            pixels = (255 * image).round().astype(np.uint8)
-            writer.add(Sample(pixels, 1.0, 0.0, 0.0, 255.0, (1.0,) * ndim, f"subject-{index}"))
-    return path
+from coverfast.training import plan as library
 
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shard(tmp_path_factory.mktemp("shards") / "small.h5")
-
-
-def start(shard: Path, run: Path, **flags: object) -> library.Run:
-    return library.plan({**TINY, "data": str(shard), "run": str(run), "preset": "small-2d", **flags}).start()
-
-
-def weights(run: library.Run) -> dict[str, torch.Tensor]:
-    return read_backbone(run.backbone)[0]
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
-
-def lines(run: library.Run) -> list[dict[str, float]]:
-    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
-
-
-def cli(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "coverfast", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
-
-
-def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Exit code 2, one sentence on stderr, no traceback."""
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert result.stderr.startswith("error: ")
-    assert all(word in result.stderr for word in words), result.stderr
 
 
 # --- resume -------------------------------------------------------------------------------------------------------
@@ -84,13 +45,15 @@ def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
 def test_resumed_run_equals_undisturbed_run_bit_for_bit(shard: Path, tmp_path: Path, workers: int) -> None:
     whole = start(shard, tmp_path / "whole", iterations=6)
     start(shard, tmp_path / "halves", iterations=3)
-    halves = library.resume({"run": str(tmp_path / "halves"), "iterations": 6, "workers": workers}).start()
+    halves = resume(tmp_path / "halves", iterations=6, workers=workers).start()
     assert same(weights(whole), weights(halves))
-    plain = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines(run)] for run in (whole, halves)]
+    timed = {"seconds", "data_wait", "iterations_per_s", "images_per_s", "mfu", "peak_memory_gb"}
+    plain = [[{k: v for k, v in line.items() if k not in timed} for line in lines(run)] for run in (whole, halves)]
     assert plain[0] == plain[1]
-    states = [run.load_checkpoint(torch.device("cpu")) for run in (whole, halves)]
+    assert timed < lines(whole)[0].keys()
+    states = [run.checkpoints.newest(torch.device("cpu")) for run in (whole, halves)]
     assert all(s is not None for s in states)
-    moments = [[t for m in s["optimizer"]["state"].values() for t in m.values()] for s in states if s]
+    moments = [[t for m in s[1]["optimizer"]["state"].values() for t in m.values()] for s in states if s]
     assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
 
 
@@ -99,37 +62,13 @@ def test_seeds_give_different_weights(shard: Path, tmp_path: Path) -> None:
     assert not same(*map(weights, runs))
 
 
-def test_killed_run_resumes_to_the_same_weights(shard: Path, tmp_path: Path) -> None:
-    whole = start(shard, tmp_path / "whole", iterations=40, checkpoint_every=4)
-    run = tmp_path / "killed"
-    flags = [*FLAGS, "--lr", "1e-3", "--threads", "1", "--iterations", "40", "--checkpoint-every", "4"]
-    command = [sys.executable, "-m", "coverfast", "pretrain", "--preset", "small-2d", "--data", str(shard)]
-    process = subprocess.Popen([*command, *flags, "--run", str(run)], stdout=subprocess.DEVNULL)
-    checkpoint = run / "checkpoints" / "iteration-00000004.pt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert process.poll() is None, "ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (run / "backbone.safetensors").exists()
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"iteration": 4')  # a line that the kill cut short
-    resumed = library.resume({"run": str(run)})
-    assert resumed.first > 4
-    done = resumed.start()
-    assert same(weights(whole), weights(done))
-    assert [line["iteration"] for line in lines(done)] == list(range(1, 41))
-
-
 def test_run_killed_before_its_first_checkpoint_starts_over(shard: Path, tmp_path: Path) -> None:
     whole = start(shard, tmp_path / "whole", iterations=2)
     run = start(shard, tmp_path / "early", iterations=2)
-    for path in run.checkpoints():
+    for path in run.checkpoints.paths():
         path.unlink()
     run.backbone.unlink()
-    again = library.resume({"run": str(run.folder)}).start()
+    again = resume(run).start()
     assert same(weights(whole), weights(again))
 
 
@@ -155,14 +94,6 @@ def test_resume_refuses_what_may_not_change_and_names_it(shard: Path, tmp_path: 
         library.resume({"run": run, "iterations": 2})
 
 
-def test_damaged_checkpoint_is_refused(shard: Path, tmp_path: Path) -> None:
-    run = start(shard, tmp_path / "run", iterations=1)
-    path = run.checkpoints()[-1]
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match="must be a checkpoint"):
-        library.resume({"run": str(run.folder), "iterations": 2})
-
-
 class _Bomb:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (os.system, ("touch exploded",))
@@ -170,9 +101,13 @@ class _Bomb:
 
 def test_pickle_bomb_as_checkpoint_does_not_run(shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start(shard, tmp_path / "run", iterations=1)
-    torch.save({"format": _Bomb()}, run.checkpoints()[-1])
+    (path,) = run.checkpoints.paths()
+    path.unlink()
+    monkeypatch.setattr("coverfast.training.checkpoints._FORMAT", _Bomb())
+    run.checkpoints.save(1, {}, keep=1)  # its checksum is right
+    monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="must be a checkpoint"):
+    with pytest.raises(InputError, match="must be a checkpoint, but it cannot be read"):
         library.resume({"run": str(run.folder), "iterations": 2})
     assert not (tmp_path / "exploded").exists()
 
@@ -181,31 +116,32 @@ def test_pickle_bomb_as_checkpoint_does_not_run(shard: Path, tmp_path: Path, mon
 
 
 def test_run_folder_holds_everything(shard: Path, tmp_path: Path) -> None:
-    run = start(shard, tmp_path / "run", iterations=3, val=str(shard), val_every=2, checkpoint_every=1)
+    flags = {"iterations": 3, "val": str(shard), "val_every": 2, "checkpoint_every": 1, "monitor_every": 2}
+    run = library.plan({**TINY, "data": str(shard), "run": str(tmp_path / "run"), "preset": "small-2d", **flags}).start()
     config = tomllib.loads(run.config.read_text())
     assert config["iterations"] == 3
     assert config["provenance"]["data_sha256"] == Shard(shard).content_hash
-    assert {"torch", "numpy", "python", "commit", "coverfast"} <= config["provenance"].keys()
+    assert {"torch", "numpy", "python", "commit", "coverfast", "processes"} <= config["provenance"].keys()
     records = lines(run)
-    keys = {"iteration", "loss", "loss_vec", "loss_con", "epe", "epe_ratio", "seconds"}
+    keys = {"iteration", "loss", "loss_vec", "loss_con", "epe", "epe_ratio", "mask", "grad_norm", "skipped", "lr"}
+    keys |= {"seconds", "data_wait", "iterations_per_s", "images_per_s", "mfu", "peak_memory_gb"}
     assert [r["iteration"] for r in records] == [1, 2, 3]
     assert all(keys <= r.keys() for r in records)
     assert ["val_epe" in r for r in records] == [False, True, True]
-    assert [p.name for p in run.checkpoints()] == [f"iteration-{i:08d}.pt" for i in (1, 2, 3)]
-    assert run.picture.read_bytes().startswith(b"\x89PNG")
+    seen = {"beyond_reach", "background", "cos_random", "cos_near", "rank", "epe_0", "ratio_4"}
+    assert [seen <= r.keys() for r in records] == [True, True, False]
+    assert records[1]["epe_4"] == pytest.approx(records[1]["epe"], rel=1e-5)
+    assert [p.name for p in run.checkpoints.paths()] == [f"iteration-{i:08d}.pt" for i in (1, 2, 3)]
+    assert (run.report / "overview.png").read_bytes().startswith(b"\x89PNG")
+    assert (run.report / "index.html").is_file()
     assert not [p for p in run.folder.rglob("*") if "partial" in p.name or "tmp" in p.name]
-
-
-def test_old_checkpoints_go(shard: Path, tmp_path: Path) -> None:
-    run = start(shard, tmp_path / "run", iterations=4, checkpoint_every=1, keep_checkpoints=2)
-    assert [p.name for p in run.checkpoints()] == ["iteration-00000003.pt", "iteration-00000004.pt"]
 
 
 def test_backbone_on_disk_is_the_trained_one(shard: Path, tmp_path: Path) -> None:
     flags = {**TINY, "data": str(shard), "run": str(tmp_path / "run"), "preset": "small-2d", "iterations": 2}
     ready = library.plan(flags)
     before = {n: p.clone() for n, p in ready.method.backbone.named_parameters()}
-    run = ready.start()
+    run = without_pictures(ready).start()
     loaded = load_backbone(run.backbone)
     image = torch.rand(1, 1, 32, 48)
     trained = ready.method.backbone.eval()
@@ -246,10 +182,11 @@ def test_training_lowers_the_end_point_ratio(shard: Path, tmp_path: Path) -> Non
 
 def test_3d_run_end_to_end(tmp_path: Path) -> None:
     data = make_shard(tmp_path / "volume.h5", ndim=3, count=2, size=(32, 36, 40))
-    run = start(data, tmp_path / "run", preset="small-3d", iterations=2, crop=(16, 32, 32), batch=1)
+    flags = {**TINY, "preset": "small-3d", "iterations": 2, "crop": (16, 32, 32), "batch": 1}
+    run = library.plan({**flags, "data": str(data), "run": str(tmp_path / "run")}).start()
     assert len(lines(run)) == 2
     assert load_backbone(run.backbone).ndim == 3
-    assert run.picture.exists()
+    assert (run.report / "index.html").is_file()
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -287,9 +224,9 @@ def test_many_shards_give_their_train_split_and_are_validated_on_their_val_split
     run = library.Run(tmp_path / "run")
     assert "val_epe" in lines(run)[-1]
     assert tomllib.loads(run.config.read_text())["data"] == [str(a), str(b)]
-    again = library.resume({"run": str(run.folder), "iterations": 3})
+    again = resume(run, iterations=3)
     assert len(again.shards) == 4
-    again.start()
+    without_pictures(again).start()
     a.unlink()
     with pytest.raises(InputError, match=r"give its new place with --data: .*a.h5 must be a shard, found no such file"):
         library.resume({"run": str(run.folder), "iterations": 4})
@@ -391,37 +328,10 @@ def test_a_crop_far_smaller_than_the_images_is_warned_of(tmp_path: Path) -> None
     assert not library.plan({**flags, "crop": (384,)}).notes
 
 
-def test_an_interrupted_run_says_how_to_go_on(shard: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "coverfast",
-        "pretrain",
-        "--data",
-        str(shard),
-        *FLAGS,
-        "--run",
-        "an interrupted run",
-    ]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    metrics = tmp_path / "an interrupted run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "coverfast pretrain --resume --run 'an interrupted run'" in out
-    assert "Traceback" not in err
-
-
 def test_any_printable_name_survives_the_configuration(shard: Path, tmp_path: Path) -> None:
     name = 'r \U0001f600 "quoted" \\ é'
     run = start(shard, tmp_path / name, iterations=1)
-    again = library.resume({"run": str(run.folder), "iterations": 2}).start()
+    again = resume(run, iterations=2).start()
     assert len(lines(again)) == 2
     with pytest.raises(InputError, match="run must be printable"):
         start(shard, tmp_path / "a\nb", iterations=1)
@@ -461,27 +371,3 @@ def test_config_prints_toml_that_config_reads(shard: Path, tmp_path: Path) -> No
     ready = library.plan({**TINY, "data": str(shard), "run": str(tmp_path / "run")}, path)
     assert ready.settings.iterations == 7
     assert ready.settings.batch == 2  # flags win over the file
-
-
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a device of 200 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount a small tmpfs: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_full_disk_at_start_and_at_a_checkpoint(shard: Path, full_disk: Path) -> None:
-    filler = full_disk / "filler"
-    run = full_disk / "run"
-    arguments = ["pretrain", "--data", str(shard), "--run", str(run), *FLAGS, "--iterations", "2"]
-    refused(cli(*arguments), "checkpoints", "no space left on the device")  # Adam's moments exceed 200 kB
-    assert not [p for p in run.rglob("*") if ".partial" in p.name]
-    subprocess.run(["rm", "-r", str(run)], check=True)
-    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=1k"], capture_output=True, check=False)
-    refused(cli(*arguments), "no space left on the device")
-    assert not run.exists()

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from coverfast.checks import InputError, check_map, require, shape_of
 from coverfast.geometry import level_size
@@ -47,6 +48,7 @@ class UNet(nn.Module):
     Attributes:
         feature_channels: channels of the L maps returned, coarse to fine.
         strides: pixels of the image per pixel of each map, coarse to fine.
+        recompute: whether the backward pass computes the activations of a stage again instead of keeping them.
     """
 
     def __init__(self, ndim: int, in_channels: int = 1, channels: Sequence[int] = PAPER_CHANNELS) -> None:
@@ -61,7 +63,7 @@ class UNet(nn.Module):
             f"channels must be an odd number of at least 3 positive multiples of 8, got {channels}",
         )
         self.ndim, self.in_channels, self.channels = ndim, in_channels, channels
-        self.levels = (len(channels) + 1) // 2
+        self.levels, self.recompute = (len(channels) + 1) // 2, False
         encoder, decoder = channels[: self.levels], channels[self.levels :]
         self.feature_channels = channels[self.levels - 1 :]
         self.strides = tuple(2**i for i in reversed(range(self.levels)))
@@ -80,12 +82,28 @@ class UNet(nn.Module):
                 f"image must be (B, {self.in_channels}, *S) with {self.ndim} spatial axes, got {shape_of(x)}"
             )
         level_size(x.shape[2:], self.levels)
-        skips = [self.stem(x)]
-        pool = F.max_pool2d if self.ndim == 2 else F.max_pool3d
+        skips = [self._stage(self.stem, x)]
         for stage in self.down:
-            skips.append(stage(pool(skips[-1], 2)))
+            skips.append(self._stage(stage, _halve(skips[-1])))
         features = [skips.pop()]
         for stage in self.up:
             up = F.interpolate(features[-1], scale_factor=2, mode=_UPSAMPLE[self.ndim], align_corners=False)
-            features.append(stage(torch.cat([skips.pop(), up], 1)))
+            features.append(self._stage(stage, torch.cat([skips.pop(), up], 1)))
         return features
+
+    def _stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(stage, x, use_reentrant=False)
+        return stage(x)
+
+
+def _halve(x: Tensor) -> Tensor:
+    """2^n max-pooling."""
+    if x.ndim == 4:
+        return F.max_pool2d(x, 2)
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        # The backward of max_pool3d has no deterministic form there; a tie shares its gradient here.
+        for axis in (2, 3, 4):
+            x = x.unflatten(axis, (-1, 2)).amax(axis + 1)
+        return x
+    return F.max_pool3d(x, 2)

@@ -1,10 +1,11 @@
-"""Methods: a batch of images becomes named losses. A method knows no files, no loop and no process group."""
+"""Methods: a batch of images becomes a loss and figures. A method knows no files, no loop and no process group."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one training iteration.
+    """Images of one training iteration, or a part of them.
 
     Attributes:
         images: `(B, C, *S)` float32 in [0, 1], on the training device, what the method's `regions` ask for of each
@@ -23,6 +24,8 @@ class Batch:
         samples: `(B,)` position of each image in the global batch, on the CPU.
         seed: key of everything random, with the iteration and the samples' positions.
         iteration: of the training, from 1; 0 for fixed held-out views.
+        focus: `(B, n)` pixel of each whole image that its crop is centred on, as far as it fits, on the CPU; -1, or
+            None for all, for a random crop.
     """
 
     images: Tensor
@@ -31,22 +34,71 @@ class Batch:
     samples: Tensor
     seed: int
     iteration: int
+    focus: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch in `count` parts of equal size, in order."""
+        share = len(self) // count
+        cuts = [slice(i * share, (i + 1) * share) for i in range(count)]
+        rows = [(self.images[c], self.sizes[c], self.corner[c], self.samples[c]) for c in cuts]
+        focus = [None if self.focus is None else self.focus[c] for c in cuts]
+        return [Batch(*row, self.seed, self.iteration, f) for row, f in zip(rows, focus, strict=True)]
+
+
+class Outcome(NamedTuple):
+    """What a method makes of a prepared batch.
+
+    loss: scalar to minimise. sums: named scalars, float64, without gradient, that add up over the parts of a batch,
+    from which `Method.figures` tells the batch's figures. seen: what `Method.monitor` looks at, without gradient.
+    """
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+    seen: Any
 
 
 class Method(nn.Module, ABC):
-    """What the training loop asks of a method.
+    """What the training loop asks of a method; the shortest one that trains is in docs/methods.md.
 
     Attributes:
-        regions: which part of each image an iteration needs: from (seed, iteration, samples `(B,)`, sizes `(B, n)`) to
-            first pixel and one past the last, `(B, n, 2)`. It goes to other processes and touches no device.
+        regions: which part of each image an iteration needs: from (seed, iteration, samples `(B,)`, sizes `(B, n)`,
+            focus `(B, n)`) to first pixel and one past the last, `(B, n, 2)`. It goes to other processes and touches
+            no device.
     """
 
-    regions: Callable[[int, int, NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
+    regions: Callable[[int, int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
 
     @abstractmethod
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Named scalars of a batch; "loss" is minimised, all are logged. One that has no value is NaN."""
+    def prepare(self, batch: Batch) -> Any:
+        """What the network sees of a batch, on its device: views and their truth. Without gradient, never compiled."""
 
     @abstractmethod
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Named figures over all batches together, whatever their split."""
+    def count(self, prepared: Any) -> Tensor:
+        """What the losses divide by, a float64 scalar: it adds up over the parts of a batch."""
+
+    @abstractmethod
+    def forward(self, prepared: Any, denominator: Tensor | None = None) -> Outcome:
+        """Loss and sums; one graph to torch.compile.
+
+        `denominator` is the `count` of the whole global batch when `prepared` is a part of it: the gradients of the
+        parts then add up to that of the whole.
+        """
+
+    @abstractmethod
+    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Named figures of a batch from its sums: "loss" and what else there is to log. NaN for one without value."""
+
+    def monitor(self, prepared: Any, seen: Any, iteration: int) -> dict[str, Tensor]:
+        """What is looked at now and then, tensors of any shape; without gradient and without waiting for the device."""
+        return {}
+
+    def monitored(self, found: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+        """Named figures from what `monitor` gave, on the host."""
+        return {}
+
+    def pictures(self, batch: Batch) -> Any:
+        """What there is to see of the first sample, for `coverfast.report`; None for nothing."""
+        return None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from coverfast.checks import check_choice, per_axis
-from coverfast.geometry import Size, upsample_dvf
-from coverfast.methods import Batch, Method
+from coverfast.geometry import Size, inside_mask
+from coverfast.methods import Batch, Method, Outcome
 from coverfast.ops.dispatch import IMPLEMENTATIONS
 from coverfast.ops.losses import consistency_loss, field_errors
-from coverfast.ops.warp import warp
 from coverfast.pyramid import VectorPyramid
 from coverfast.view_draws import ViewRegions
 from coverfast.view_settings import ViewSettings
@@ -21,12 +21,15 @@ from coverfast.views import Views, make_views
 
 
 class Matched(NamedTuple):
-    """Two views and what the network makes of them: the fields of all levels, coarse to fine."""
+    """Two views and what the network makes of them.
+
+    levels: the fields of all levels, coarse to fine. features: the backbone's maps, coarse to fine, `(2 B, C_l, *S_l)`,
+    all of view a before all of view b.
+    """
 
     views: Views
     levels: list[Tensor]
-    feat_a: Tensor
-    feat_b: Tensor
+    features: list[Tensor]
 
 
 class Cover(Method):
@@ -57,75 +60,91 @@ class Cover(Method):
         self.crop, self.settings, self.pad, self.impl = crop, settings or ViewSettings(), pad, impl
         self.regions = ViewRegions(per_axis("crop", crop, pyramid.ndim), self.settings)
 
-    def match(self, batch: Batch) -> Matched:
-        """Draw the views and predict the field between them."""
-        with torch.no_grad():
-            views = make_views(
-                batch.images,
-                self.crop,
-                seed=batch.seed,
-                iteration=batch.iteration,
-                samples=batch.samples,
-                sizes=batch.sizes,
-                corner=batch.corner,
-                settings=self.settings,
-                pad=self.pad,
-                impl=self.impl,
-            )
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Views:
+        """Draw the views."""
+        return make_views(
+            batch.images,
+            self.crop,
+            seed=batch.seed,
+            iteration=batch.iteration,
+            samples=batch.samples,
+            sizes=batch.sizes,
+            corner=batch.corner,
+            focus=batch.focus,
+            settings=self.settings,
+            pad=self.pad,
+            impl=self.impl,
+        )
+
+    def count(self, views: Views) -> Tensor:
+        """Pixels that both views show, `sum_p eps(p)`."""
+        shown = views.shown if isinstance(views.shown, Tensor) else inside_mask(views.target)
+        return shown.sum(dtype=torch.float64)
+
+    def match(self, views: Views) -> Matched:
+        """Predict the field between the views."""
         # Nothing in the backbone mixes samples, so both views pass as one batch.
         features = self.backbone(views.pair)
         levels = self.pyramid(features, return_levels=True)
         assert isinstance(levels, list)
-        feat_a, feat_b = features[-1].chunk(2)
-        return Matched(views, levels, feat_a, feat_b)
+        return Matched(views, levels, list(features))
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses and figures of merit of a batch.
+    def forward(self, views: Views, denominator: Tensor | None = None) -> Outcome:
+        """The loss, and sums over the pixels that both views show, see `figures`."""
+        matched = self.match(views)
+        field, (feat_a, feat_b) = matched.levels[-1], matched.features[-1].chunk(2)
+        found = field_errors(field, views.target, views.shown, denominator=denominator, impl=self.impl)
+        con = consistency_loss(feat_a, feat_b, views.target, views.shown, denominator=denominator, impl=self.impl)
+        with torch.no_grad():
+            pixels = field[:, 0].numel()
+            count = (found.mask * pixels).round()
+            over = count.clamp(min=1) if denominator is None else denominator
+            sums = {
+                "l1": found.l1.double() * over,
+                "l2": found.epe.double() * count,
+                "still": found.still.double() * count,
+                "cosine": (1 - con.double()) * over,
+                "count": count,
+                "pixels": torch.full_like(count, pixels),
+            }
+        seen = ([x.detach() for x in matched.levels], [x.detach() for x in matched.features])
+        return Outcome(found.l1 + con, {name: value.detach() for name, value in sums.items()}, seen)
 
-        `loss`, `loss_vec`, `loss_con`; `epe` in pixels; `epe_ratio`, the end-point error over that of no displacement
-        (NaN when no pixel of view b is in view a); `mask`, the share of pixels that are.
+    def figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """`loss`, `loss_vec`, `loss_con`; `epe` in pixels; `epe_ratio`; `mask`.
+
+        `epe_ratio` is the end-point error over that of no displacement, NaN when no pixel of view b is in view a;
+        `mask` the share of pixels that are (SPEC 6).
         """
-        views, levels, feat_a, feat_b = self.match(batch)
-        found = field_errors(levels[-1], views.target, views.shown, impl=self.impl)
-        loss_con = consistency_loss(feat_a, feat_b, views.target, views.shown, impl=self.impl)
+        count = max(1.0, sums["count"])
+        vec, con = sums["l1"] / count, 1 - sums["cosine"] / count
+        ratio = sums["l2"] / max(sums["still"], 1e-6 * count) if sums["count"] else float("nan")
         return {
-            "loss": found.l1 + loss_con,
-            "loss_vec": found.l1,
-            "loss_con": loss_con,
-            "epe": found.epe,
-            "epe_ratio": torch.where(found.mask > 0, found.epe / found.still.clamp(min=1e-6), torch.nan),
-            "mask": found.mask.float(),
+            "loss": vec + con,
+            "loss_vec": vec,
+            "loss_con": con,
+            "epe": sums["l2"] / count,
+            "epe_ratio": ratio,
+            "mask": sums["count"] / max(1.0, sums["pixels"]),
         }
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """`epe`, `epe_ratio` and `mask` as in `forward`, over the pixels of all batches together."""
-        epe = still = inside = pixels = 0.0
-        for batch in batches:
-            views, levels, _, _ = self.match(batch)
-            found = field_errors(levels[-1], views.target, views.shown, impl=self.impl)
-            here = levels[-1][:, 0].numel()
-            count = round(float(found.mask) * here)
-            epe += count * float(found.epe)
-            still += count * float(found.still)
-            inside, pixels = inside + count, pixels + here
-        ratio = epe / max(still, 1e-6 * inside) if inside else float("nan")
-        return {"epe": epe / max(1.0, inside), "epe_ratio": ratio, "mask": inside / max(1.0, pixels)}
+    def monitor(self, views: Views, seen: Any, iteration: int) -> dict[str, Tensor]:
+        """See `coverfast.methods.cover_monitor`."""
+        from coverfast.methods import cover_monitor
+
+        return cover_monitor.look(self, Matched(views, *seen), iteration)
+
+    def monitored(self, found: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+        """See `coverfast.methods.cover_monitor`."""
+        from coverfast.methods import cover_monitor
+
+        return cover_monitor.figures(found)
 
     @torch.no_grad()
-    def pictures(self, batch: Batch) -> dict[str, Tensor | list[Tensor]]:
-        """What there is to see of the first sample, without the batch axis: the fields of `report.Pictures`."""
-        views, levels, _, _ = self.match(batch)
-        warped = []
-        for level, field in enumerate(levels):
-            for _ in range(len(levels) - 1 - level):
-                field = upsample_dvf(field, [2 * s for s in field.shape[2:]])
-            warped.append(warp(views.x_a, field, impl=self.impl)[0])
-        return {
-            "x_a": views.x_a[0],
-            "x_b": views.x_b[0],
-            "dvf_true": views.dvf[0],
-            "mask": views.mask[0],
-            "dvf_levels": [field[0] for field in levels],
-            "warped": warped,
-        }
+    def pictures(self, batch: Batch) -> dict[str, Any]:
+        """See `coverfast.methods.cover_pictures`."""
+        from coverfast.methods import cover_pictures
+
+        return cover_pictures.pictures(self, batch)

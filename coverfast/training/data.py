@@ -18,15 +18,26 @@ def batches(loaded: Iterable[Images], seed: int, on_bad: Callable[[str], None]) 
     for found in loaded:
         for reason in found.bad:
             on_bad(reason)
-        yield Batch(found.images, found.sizes, found.corner, found.samples, seed, found.iteration)
+        yield Batch(found.images, found.sizes, found.corner, found.samples, seed, found.iteration, found.focus)
 
 
 def held_out(
-    stream: ImageStream, *, limit: int, device: torch.device, on_bad: Callable[[str], None]
+    stream: ImageStream,
+    *,
+    limit: int,
+    device: torch.device,
+    on_bad: Callable[[str], None],
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
-    """The first `limit` held-out samples with views that never change (iteration 0)."""
+    """The first `limit` held-out samples with views that never change (iteration 0, crops at random places).
+
+    They are cut into parts of `stream.batch` samples; of `world` processes each gets every `world`-th part, from part
+    `rank` on, and the last ones may get none.
+    """
     count = min(limit, len(stream.data))
-    parts = (np.arange(start, min(start + stream.batch, count)) for start in range(0, count, stream.batch))
+    starts = range(rank * stream.batch, count, world * stream.batch)
+    parts = (np.arange(start, min(start + stream.batch, count)) for start in starts)
     return batches((to_device(stream.gather(0, p, p), device) for p in parts), stream.seed, on_bad)
 
 

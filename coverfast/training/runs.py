@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
+import errno
 import json
 import math
+import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,9 +19,9 @@ import torch
 
 from coverfast.checks import InputError, require
 from coverfast.disk import explained, write_atomically
-from coverfast.training.settings import Settings, read_toml, resolve, to_toml
-
-_CHECKPOINT = "coverfast-checkpoint"
+from coverfast.training.checkpoints import Checkpoints
+from coverfast.training.config import read_toml, to_toml
+from coverfast.training.settings import Settings, resolve
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,18 @@ class Run:
         return self.folder / "backbone.safetensors"
 
     @property
-    def picture(self) -> Path:
-        return self.folder / "report.png"
+    def report(self) -> Path:
+        """Folder of the pictures; its `index.html` shows them."""
+        return self.folder / "report"
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.folder / "checkpoints")
 
     # --- configuration ---
 
     @classmethod
-    def create(cls, settings: Settings, *, data_sha256: str) -> Run:
+    def create(cls, settings: Settings, provenance: Mapping[str, Any]) -> Run:
         """A new run folder with its configuration; refuses a folder that holds anything."""
         name = settings.run or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{settings.preset}"
         run = cls(Path(name))
@@ -57,7 +63,7 @@ class Run:
         with explained(run.folder):
             run.folder.mkdir(parents=True, exist_ok=True)
         try:
-            run.write_config(settings, {"provenance": provenance(data_sha256)})
+            run.write_config(settings, {"provenance": provenance})
         except InputError:
             if new:
                 run.folder.rmdir()
@@ -92,45 +98,19 @@ class Run:
                     kept.append(line + "\n")
         write_atomically(self.metrics, "".join(kept))
 
-    def append_metrics(self, record: Mapping[str, float]) -> None:
-        """Add one line; a number that is not finite becomes null, so that every line is JSON."""
-        plain = {k: v if math.isfinite(v) else None for k, v in record.items()}
-        with explained(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain) + "\n")
-
-    # --- checkpoints ---
-
-    def checkpoints(self) -> list[Path]:
-        """Checkpoints, oldest first."""
-        return sorted((self.folder / "checkpoints").glob("iteration-*.pt"))
-
-    def save_checkpoint(self, iteration: int, state: Mapping[str, Any], *, keep: int) -> Path:
-        """Write a checkpoint whole, then drop all but the newest `keep`."""
-        path = self.folder / "checkpoints" / f"iteration-{iteration:08d}.pt"
-        memory = io.BytesIO()  # torch's own writer reports a full disk as a bare RuntimeError
-        torch.save({"format": _CHECKPOINT, "version": 1, "iteration": iteration, **state}, memory)
-        with explained(path):
-            path.parent.mkdir(exist_ok=True)
-        # A copy, not a view of the buffer: a view held by the frames of an exception crashes Python 3.12.1 at its end.
-        write_atomically(path, memory.getvalue())
-        for old in self.checkpoints()[:-keep]:
-            old.unlink(missing_ok=True)
-        return path
-
-    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
-        """The newest checkpoint, or None when the run has none yet. Nothing but tensors and plain values is read."""
-        paths = self.checkpoints()
-        if not paths:
-            return None
-        try:
-            state = torch.load(paths[-1], map_location=device, weights_only=True)
-        except Exception as error:  # a damaged archive fails in many ways
-            raise InputError(f"{paths[-1]} must be a checkpoint, but it cannot be read: {error}") from None
-        require(
-            isinstance(state, dict) and state.get("format") == _CHECKPOINT and state.get("version") == 1,
-            f"{paths[-1]} must be a coverfast checkpoint of version 1, but it is none",
-        )
-        return state
+    def append_metrics(self, records: Iterable[Mapping[str, float]]) -> None:
+        """Add a line a record, all of them or none; a number that is not finite becomes null, so that it is JSON."""
+        plain = ({k: v if math.isfinite(v) else None for k, v in record.items()} for record in records)
+        text = "".join(json.dumps(record) + "\n" for record in plain)
+        with explained(self.metrics), self.metrics.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                written = file.write(text.encode())
+                if written != len(text.encode()):  # the disk took a part of it
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
 
 
 def check_new_folder(name: str) -> None:

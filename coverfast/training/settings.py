@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 import sys
-import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 from coverfast.checks import InputError, check_choice, require
-from coverfast.disk import explained
 from coverfast.ops.dispatch import IMPLEMENTATIONS
 from coverfast.samples import ON_BAD_SAMPLE, SPLITS
 from coverfast.view_settings import ViewSettings
@@ -22,7 +18,7 @@ Strs = tuple[str, ...]
 
 
 def _setting(default: Any, text: str, **traits: Any) -> Any:
-    """A field with its help; `free` may change on resume, `least` bounds a number from below."""
+    """A field with its help; `free` may change on resume, `least` and `most` bound a number, `also` names its flag."""
     return field(default=default, metadata={"help": text, **traits})
 
 
@@ -34,12 +30,14 @@ class Settings:
     data: Strs = _setting((), "shard, folder or glob of shards to learn from; may be repeated", free=True)
     split: str = _setting("train", f"samples to learn from: {', '.join(SPLITS)} or all")
     val: Strs = _setting((), "held-out shards, their val split or else all; default: the val split of data", free=True)
-    run: str = _setting("", "run folder; default runs/<date>-<time>-<preset>", free=True)
+    # torchrun takes --run for an ambiguous --run-path of its own.
+    run: str = _setting("", "run folder; default runs/<date>-<time>-<preset>", free=True, also=("run_folder",))
     init: str = _setting("", "backbone.safetensors to start from")
     iterations: int = _setting(200_000, "iterations in total", least=1, free=True)
     batch: int = _setting(24, "images an iteration, over all processes", least=1)
     crop: Ints = _setting((384,), "size of the views, one int or one per axis", least=1)
     pad: bool = _setting(False, "zero-pad images smaller than the crop and mask the padding")
+    foreground: float = _setting(0.0, "share of the crops that are placed on the foreground", least=0, most=1)
     channels: Ints = _setting((32, 64, 128, 256, 512), "U-Net channels, encoder only or encoder and decoder", least=8)
     groups: Ints = _setting((4, 4, 4, 1, 1), "groups of each pyramid level, coarse to fine", least=1)
     head_dim: int = _setting(8, "channels of a group", least=1)
@@ -57,12 +55,30 @@ class Settings:
     contrast: float = _setting(0.5, "largest deviation of the contrast factor from 1", least=0)
     brightness: float = _setting(0.1, "largest standard deviation of the brightness shift", least=0)
     boxes: int = _setting(10, "most boxes to in-paint", least=0)
-    lr: float = _setting(1e-4, "learning rate of Adam", least=1e-30)
+    optimizer: str = _setting("adam", "adam, or adamw for a decoupled weight decay")
+    weight_decay: float = _setting(0.0, "weight decay", least=0)
+    lr: float = _setting(1e-4, "learning rate", least=1e-30)
+    schedule: str = _setting("constant", "of the learning rate after the warm-up: constant, or cosine down to 0")
+    warmup: int = _setting(0, "iterations over which the learning rate rises from 0", least=0)
+    schedule_iterations: int = _setting(0, "length of the cosine schedule; 0: the iterations at the start", least=0)
     clip: float = _setting(1.0, "largest gradient norm", least=1e-30)
+    ema: float = _setting(0.0, "decay of a moving average of the weights, which is then the result; 0: none", least=0)
+    skip_limit: int = _setting(
+        10, "steps among any 100 that may be skipped since loss or gradient are not finite", least=0, free=True
+    )
     seed: int = _setting(0, "key of the weights, the order of the samples and the views", least=0, most=2**64 - 1)
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1 ...", free=True)
     threads: int = _setting(0, "CPU threads of torch; 0 leaves the choice to torch", least=0, most=1024)
     impl: str = _setting("auto", f"implementation of the ops: {', '.join(IMPLEMENTATIONS)}")
+    precision: str = _setting("auto", "of the network: bfloat16, float32 or auto, bfloat16 on a GPU that has it")
+    compile: bool = _setting(True, "compile the step with torch.compile: minutes once, then faster", free=True)
+    cuda_graphs: bool = _setting(False, "replay the compiled step as CUDA graphs: pays where steps are short", free=True)
+    layout: str = _setting("auto", "of feature maps in memory: contiguous, channels_last or auto", free=True)
+    accumulate: int = _setting(1, "parts of a batch that pass one after the other, to save memory", least=1, free=True)
+    recompute: bool = _setting(False, "recompute activations in the backward pass, to save memory", free=True)
+    deterministic: bool = _setting(False, "the same bits on a GPU every time, at some cost", free=True)
+    fsdp: bool = _setting(False, "shard weights and optimiser over the processes (FSDP2) instead of DDP", free=True)
+    timeout: int = _setting(600, "seconds that processes wait for one another", least=1, free=True)
     crops: int = _setting(1, "views of a sample at each visit, from one reading", least=1)
     workers: int = _setting(
         -1, "reading processes; -1: the cores but one, at most 8, on a GPU, and 0 on a CPU", least=-1, free=True
@@ -70,6 +86,11 @@ class Settings:
     on_bad_sample: str = _setting("stop", "a sample that cannot be read: stop, or skip to the next one", free=True)
     checkpoint_every: int = _setting(1000, "iterations between checkpoints", least=1, free=True)
     keep_checkpoints: int = _setting(3, "newest checkpoints kept", least=1, free=True)
+    keep_every: int = _setting(0, "checkpoints of every so many iterations are kept too; 0: none", least=0, free=True)
+    log_every: int = _setting(10, "iterations between copies of the figures to the host", least=1, free=True)
+    monitor_every: int = _setting(50, "iterations between looks at levels and dispersion", least=1, free=True)
+    report_every: int = _setting(10_000, "iterations between pictures; there are some at the end", least=1, free=True)
+    tensorboard: bool = _setting(True, "write TensorBoard events where tensorboard is installed", free=True)
     val_every: int = _setting(1000, "iterations between validations", least=1, free=True)
     val_samples: int = _setting(32, "most samples of the held-out shard that a validation uses", least=1, free=True)
 
@@ -94,6 +115,10 @@ _SMALL = {
     "checkpoint_every": 100,
     "val_every": 50,
     "val_samples": 8,
+    "compile": False,
+    "log_every": 1,
+    "monitor_every": 10,
+    "report_every": 100,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-2d": {},
@@ -121,17 +146,35 @@ def preset_settings(preset: str) -> Settings:
     return replace(Settings(), preset=preset, **PRESETS[preset])
 
 
+#: Settings that are one of a few words.
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "impl": IMPLEMENTATIONS,
+    "split": (*SPLITS, "all"),
+    "on_bad_sample": ON_BAD_SAMPLE,
+    "optimizer": ("adam", "adamw"),
+    "schedule": ("constant", "cosine"),
+    "precision": ("auto", "bfloat16", "float32"),
+    "layout": ("auto", "contiguous", "channels_last"),
+}
+
+
 def resolve(preset: str, *layers: Mapping[str, Any]) -> Settings:
     """A preset with layers over it, the last one winning; every value checked."""
     values: dict[str, Any] = {}
     for layer in layers:
         values |= check_values(layer)
     settings = replace(preset_settings(preset), **{k: v for k, v in values.items() if k != "preset"})
+    return checked(settings)
+
+
+def checked(settings: Settings) -> Settings:
+    """The settings themselves, once what one value says of another is known to fit."""
     settings.views()
     settings.unet_channels()
-    check_choice("impl", settings.impl, IMPLEMENTATIONS)
-    check_choice("split", settings.split, (*SPLITS, "all"))
-    check_choice("on_bad_sample", settings.on_bad_sample, ON_BAD_SAMPLE)
+    for name, choices in _CHOICES.items():
+        check_choice(name, getattr(settings, name), choices)
+    require(settings.ema < 1, f"ema must be below 1, got {settings.ema}")
+    require(settings.compile or not settings.cuda_graphs, "cuda_graphs need compile, got --no-compile")
     return settings
 
 
@@ -170,75 +213,3 @@ def _check_value(setting: Field[Any], value: Any) -> Any:
     if kind is str:
         require(value.isprintable(), f"{name} must be printable text, got {value!r}")
     return value
-
-
-# --- TOML --------------------------------------------------------------------------------------------------------
-
-
-def to_toml(
-    settings: Settings, *, comments: bool = False, tables: Mapping[str, Mapping[str, Any]] | None = None
-) -> str:
-    """The settings as a TOML document, with the help of every key as a comment or with further tables behind."""
-    lines = []
-    for f in fields(settings):
-        line = f"{f.name} = {_toml_value(getattr(settings, f.name))}"
-        lines.append(f"{line:<48}# {f.metadata['help']}" if comments else line)
-    for title, table in (tables or {}).items():
-        lines += ["", f"[{title}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, tuple):
-        return _toml_value(value[0]) if len(value) == 1 else f"[{', '.join(map(_toml_value, value))}]"
-    # JSON's strings, numbers and truth values are TOML's, but for escapes beyond 16 bits and a bare DEL.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def read_toml(path: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Settings of a TOML file, checked, and its tables (of a run's own file: provenance, resumed)."""
-    path = Path(path)
-    with explained(path, "read"):
-        require(path.is_file(), f"config must be a TOML file, but there is no file {path}")
-        data = path.read_bytes()
-    try:
-        values = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"config must be a TOML file, but {path} is none: {error}") from None
-    tables = {title: values.pop(title, {}) for title in ("provenance", "resumed")}
-    try:
-        return check_values(values), tables
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-# --- resume ------------------------------------------------------------------------------------------------------
-
-
-def check_resume(old: Settings, given: Mapping[str, Any]) -> Settings:
-    """The settings of a resumed run: the old ones, and what was given anew where that may change."""
-    given = check_values(given)
-    for f in fields(Settings):
-        if f.name in given and not f.metadata.get("free") and given[f.name] != getattr(old, f.name):
-            free = ", ".join(n for n in free_settings())
-            raise InputError(
-                f"{f.name} cannot change on resume, the run has {getattr(old, f.name)!r}, got {given[f.name]!r} "
-                f"(free to change: {free})"
-            )
-    return replace(old, **given)
-
-
-def changed_settings(stored: Mapping[str, Any], settings: Settings) -> str:
-    """Names of the settings of a checkpoint that may not change and did."""
-    now, free = as_plain(settings), set(free_settings())
-    return ", ".join(name for name in now if name not in free and stored.get(name) != now[name])
-
-
-def free_settings() -> Iterable[str]:
-    """Names of the settings that may change on resume."""
-    return (f.name for f in fields(Settings) if f.metadata.get("free"))
-
-
-def as_plain(settings: Settings) -> dict[str, Any]:
-    """The settings as JSON-able values."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}

@@ -1,0 +1,271 @@
+"""Which samples an iteration sees and which part of them, read into the memory of a batch.
+
+Everything is a function of (seed, iteration): the same batches for any number of reading processes, for any split over
+ranks, and from any iteration on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from coverfast.checks import InputError, check_choice, require
+from coverfast.foreground import ForegroundMaps, foreground_draws
+from coverfast.philox import STREAM_CROP, STREAM_SPARE, permutation, scalar_uniform
+from coverfast.samples import ON_BAD_SAMPLE
+from coverfast.shard_reader import Allocate
+from coverfast.shard_set import ShardSet
+from coverfast.view_draws import centred
+
+Ints = NDArray[np.int64]
+#: Which part of each image an iteration needs: from (seed, iteration, positions in the batch `(B,)`, sizes `(B, n)`,
+#: pixels to centre crops on `(B, n)` or -1) to the first pixel and one past the last, `(B, n, 2)`.
+Regions = Callable[[int, int, Ints, Ints, Ints], Ints]
+
+
+@dataclass(frozen=True)
+class RandomCrops:
+    """Crops at random places, or about the pixels `focus`; all of an axis that is shorter than the crop."""
+
+    crop: tuple[int, ...]
+
+    def __call__(self, seed: int, iteration: int, samples: Ints, sizes: Ints, focus: Ints | None = None) -> Ints:
+        """See `Regions`."""
+        u = scalar_uniform(seed, STREAM_CROP, iteration, samples, len(self.crop))
+        shape = np.minimum(self.crop, sizes)
+        start = centred(np.floor(u * (sizes - shape + 1)).astype(np.int64), focus, sizes, self.crop)
+        return np.stack([start, start + shape], axis=-1)
+
+
+class Images(NamedTuple):
+    """Parts of the images of one iteration.
+
+    images: `(B, C, *S)` stored values on the host, float32 in [0, 1] once `to_device` has scaled them; zero beyond
+    `extents`. On the CPU: extents: `(B, n)` shape of each part. corner: `(B, n)` its first pixel in the whole image.
+    focus: `(B, n)` the pixel of the whole image that its crop is centred on, as far as it fits, -1 for none. sizes:
+    `(B, n)` of the whole images. scaling: `(B, 4)` float64 slope, intercept, lo, hi. samples: `(B,)` position of each
+    in the global batch. indices: `(B,)` place of each sample in the set. bad: why samples were replaced, a sentence
+    each.
+    """
+
+    images: Tensor
+    extents: Tensor
+    corner: Tensor
+    focus: Tensor
+    sizes: Tensor
+    scaling: Tensor
+    samples: Tensor
+    indices: Tensor
+    iteration: int
+    bad: list[str]
+
+
+#: Pixels whose float64 form stays in a core's cache.
+_CACHED = 1 << 15
+#: So many other samples are tried in the place of one that cannot be read.
+_ATTEMPTS = 100
+SMALL = ("extents", "corner", "focus", "sizes", "scaling", "samples", "indices")
+
+
+class ImageStream(Dataset[Images | InputError]):
+    """The batches of an endless stream of seeded permutations; item `i` (from 1) is what iteration `i` sees.
+
+    data: the samples. batch: images an iteration over all ranks. regions: which part of each is read. crops: how
+    often in a row a sample is visited, its chunks then being read once. foreground: share of the images that get a
+    `focus` on their foreground, see `coverfast.foreground`; each is then read as a whole once. rank, world: this
+    process and how many there are; each sees its own `batch / world` of every batch. on_bad_sample: "skip" replaces a
+    sample that cannot be read by others, drawn for its place in the stream, and says so in `Images.bad`. least: images
+    are filled with zeros at the high end to at least this size.
+    """
+
+    def __init__(
+        self,
+        data: ShardSet,
+        *,
+        batch: int,
+        seed: int,
+        regions: Regions,
+        crops: int = 1,
+        foreground: float = 0.0,
+        rank: int = 0,
+        world: int = 1,
+        on_bad_sample: str = "stop",
+        least: tuple[int, ...] = (),
+    ) -> None:
+        for name, value in (("batch", batch), ("crops", crops), ("world", world)):
+            require(isinstance(value, int) and value >= 1, f"{name} must be an int of at least 1, got {value!r}")
+        require(isinstance(seed, int) and 0 <= seed < 2**64, f"seed must be an int in [0, 2^64), got {seed!r}")
+        number = isinstance(foreground, int | float)
+        require(number and 0 <= foreground <= 1, f"foreground must be a share in [0, 1], got {foreground!r}")
+        require(
+            0 <= rank < world and batch % world == 0,
+            f"batch must be divisible by the number of processes, got {batch} and {world}",
+        )
+        check_choice("on_bad_sample", on_bad_sample, ON_BAD_SAMPLE)
+        self.data, self.batch, self.seed, self.regions, self.crops = data, batch, seed, regions, crops
+        self.foreground, self.maps = foreground, ForegroundMaps(data)
+        self.rank, self.world, self.on_bad_sample, self.least = rank, world, on_bad_sample, least
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def index(self, position: int) -> int:
+        """Which sample stands at a position of the stream."""
+        epoch, place = divmod(position // self.crops, len(self.data))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.seed, epoch, len(self.data))
+        return int(self._order[place])
+
+    def __getitem__(self, iteration: int) -> Images | InputError:
+        # A worker process would wrap an exception in a traceback of its own.
+        try:
+            found = self.load(iteration)
+        except InputError as error:
+            return error
+        # A tensor crosses to another process as a file of shared memory and a call: only images are worth that.
+        return found._replace(**{name: getattr(found, name).numpy() for name in SMALL})
+
+    def load(self, iteration: int) -> Images:
+        """The batch of an iteration, on the host."""
+        share = self.batch // self.world
+        samples = np.arange(self.rank * share, (self.rank + 1) * share)
+        chosen = [self.index((iteration - 1) * self.batch + int(s)) for s in samples]
+        return self.gather(iteration, samples, np.array(chosen), self.foreground)
+
+    def gather(self, iteration: int, samples: Ints, chosen: Ints, foreground: float = 0.0) -> Images:
+        """Read the parts of the chosen samples that the positions `samples` of an iteration's batch need.
+
+        foreground: share of them that get a focus; none unless it is given, as held-out samples are to be seen.
+        """
+        chosen, bad, ndim = chosen.copy(), [], self.data.sizes.shape[1]
+        groups = {i: np.flatnonzero(chosen == i) for i in dict.fromkeys(chosen.tolist())}
+        tried = dict.fromkeys(groups, 0)
+        focus = np.full((len(samples), ndim), -1)
+        wanted, places = foreground_draws(self.seed, iteration, samples, ndim, foreground)
+
+        def settle(group: int, work: Callable[[Ints], None], again: Callable[[Ints], None]) -> None:
+            """Work on a sample, and again on others in its place until one can be read."""
+            slots = groups[group]
+            while True:
+                try:
+                    return work(slots)
+                except InputError as error:
+                    if self.on_bad_sample == "stop":
+                        raise
+                    bad.append(str(error))
+                tried[group] += 1
+                require(tried[group] < _ATTEMPTS, f"one sample in {_ATTEMPTS} must be readable, got none: {bad[-1]}")
+                # Drawn, not the next one: that would be seen for all the lost ones before it.
+                u = scalar_uniform(self.seed, STREAM_SPARE, iteration, samples[slots[:1]], tried[group])[0, -1]
+                chosen[slots], work = int(u * len(self.data)), again
+
+        def aim(slots: Ints) -> None:
+            focus[slots] = -1
+            some = slots[wanted[slots]]
+            if some.size and (found := self.maps[int(chosen[slots[0]])]):
+                focus[some] = found.pick(places[some])
+
+        def read(slots: Ints) -> None:
+            boxes = [[slice(a, b) for a, b in box] for box in ends[slots].tolist()]
+            pixels = self.data.pixels(int(chosen[slots[0]]), boxes, together.room(slots.tolist()))
+            parts.update(zip(slots.tolist(), pixels, strict=True))
+
+        def read_another(slots: Ints) -> None:
+            aim(slots)
+            sizes = self.data.sizes[chosen[slots]]
+            ends[slots] = self.regions(self.seed, iteration, samples[slots], sizes, focus[slots])
+            read(slots)
+
+        for group in groups:
+            settle(group, aim, aim)
+        ends = self.regions(self.seed, iteration, samples, self.data.sizes[chosen], focus)
+        together = _Together(len(samples), ends, self.least)
+        parts: dict[int, NDArray[Any]] = {}
+        for group in groups:
+            settle(group, read, read_another)
+        corner, extents = np.ascontiguousarray(ends[..., 0]), ends[..., 1] - ends[..., 0]
+        ordered = [parts[slot] for slot in range(len(samples))]
+        images, scaling = together.stack(ordered, extents, self.data.scaling[chosen])
+        arrays = (extents, corner, focus, self.data.sizes[chosen], scaling, samples, chosen)
+        tensors: Any = tuple(torch.from_numpy(array) for array in arrays)
+        return Images._make((images, *tensors, iteration, bad))
+
+
+class _Together:
+    """The memory of a batch, into whose slots samples are read without a copy; shared where another process waits.
+
+    Its size and type are those of the first sample read: one that does not fit gets memory of its own.
+    """
+
+    def __init__(self, count: int, ends: Ints, least: tuple[int, ...]) -> None:
+        self.count, self.least = count, least
+        self.shape = self._size(ends[..., 1] - ends[..., 0])
+        self.images: Tensor | None = None
+        self.slots: NDArray[Any] = np.empty(0)
+
+    def _size(self, extents: Ints) -> tuple[int, ...]:
+        size = extents.max(0)
+        return tuple((np.maximum(size, self.least) if self.least else size).tolist())
+
+    def room(self, slots: Sequence[int]) -> Allocate:
+        def allocate(number: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+            if self.images is None:
+                self.images = _zeros((self.count, shape[0], *self.shape), dtype)
+                self.slots = self.images.numpy()
+            slot: NDArray[Any] = self.slots[slots[number]]
+            fits = slot.dtype == dtype and all(s >= n for s, n in zip(slot.shape, shape, strict=True))
+            return slot if fits else np.zeros(shape, dtype)
+
+        return allocate
+
+    def stack(
+        self, parts: Sequence[NDArray[Any]], extents: Ints, scaling: NDArray[np.float64]
+    ) -> tuple[Tensor, NDArray[np.float64]]:
+        """The parts, zero-filled at the high end to a common size; of several types, each brought to [0, 1]."""
+        if self.images is not None and all(np.shares_memory(p, s) for p, s in zip(parts, self.slots, strict=True)):
+            return self.images, scaling
+        several = len({part.dtype for part in parts}) > 1
+        dtype = np.dtype(np.float32) if several else parts[0].dtype
+        images = _zeros((self.count, parts[0].shape[0], *self._size(extents)), dtype)
+        for slot, part, extent, row in zip(images.numpy(), parts, extents.tolist(), scaling, strict=True):
+            inside = (slice(None), *map(slice, extent))
+            found = part[inside]
+            slot[inside] = to_unit_range(torch.from_numpy(found)[None], row[None])[0] if several else found
+        return images, np.tile([1.0, 0.0, 0.0, 1.0], (self.count, 1)) if several else scaling
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
+    if get_worker_info() is None:
+        return torch.from_numpy(np.zeros(shape, dtype))
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    # What torch's own collation does, to spare a copy: new shared memory, which is zero.
+    size = math.prod(shape) * dtype.itemsize
+    return torch.empty(0, dtype=kind).set_(torch.UntypedStorage._new_shared(size)).view(kind).reshape(shape)
+
+
+def to_unit_range(stored: Tensor, scaling: Tensor | NDArray[np.float64]) -> Tensor:
+    """`(stored * slope + intercept - lo) / (hi - lo)` in [0, 1], in float64, then rounded to float32.
+
+    stored: `(B, C, *S)`. scaling: `(B, 4)`, slope, intercept, lo, hi. Images with hi <= lo are all 0.
+    """
+    slope, intercept, lo, hi = np.asarray(scaling, np.float64).T
+    flat = hi <= lo
+    factors = np.stack([np.where(flat, 0.0, slope), np.where(flat, 0.0, intercept - lo), np.where(flat, 1.0, hi - lo)])
+    if stored.is_cuda:
+        on_device = torch.from_numpy(factors).to(stored.device, non_blocking=True)
+        slope_, shift, span = on_device.reshape(3, -1, *[1] * (stored.ndim - 1)).unbind()
+        return stored.double().mul_(slope_).add_(shift).div_(span).clamp_(0, 1).float()
+    # A cache full at a time: float64 of the whole batch would go through memory five times.
+    out = torch.empty(stored.shape)
+    numbers = zip(stored.flatten(1), out.view(len(out), -1), *factors.tolist(), strict=True)
+    for image, result, a, b, c in numbers:
+        for start in range(0, len(image), _CACHED):
+            part = image[start : start + _CACHED].double().mul_(a).add_(b).div_(c)
+            result[start : start + _CACHED] = part.clamp_(0, 1)
+    return out

@@ -1,0 +1,99 @@
+"""The overview: both views, the true and the predicted field, the warp of every level, the curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from coverfast.report.colours import INK, Array, dvf_to_rgb, grey, overlay
+from coverfast.report.curves import LOSS, RATIO
+from coverfast.report.pictures import Pictures, Plane
+from coverfast.report.sheet import GAP, TITLE, Grid, Sheet
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def overview_sheet(pictures: Pictures, metrics: Mapping[str, Array]) -> Sheet:
+    """Views, fields, overlays and the warp of every level (COVER Fig. 7), and below them the curves, if there are.
+
+    A volume is shown by three orthogonal slices, with the displacement in the plane of each; error and ratio are those
+    of the whole.
+    """
+    p, planes = pictures, pictures.planes
+    volume, channels = len(planes) > 1, len(pictures.x_a)
+    grid = Grid([plane.shape(p.size) for plane in planes], max(6, len(p.warped) + 1), volume)
+    block = TITLE + grid.height - GAP
+    curves = float(np.clip(grid.sizes[0][1], 2.3, 2.6))
+    has_curves = bool(np.isfinite(metrics.get("loss", np.empty(0))).any())
+    sheet = Sheet(2 * block + TITLE + curves + (0.82 if has_curves else 0.4))
+    scale = _scale(p)
+    top = TITLE
+    for plane in planes:
+        _row(sheet, grid, p, plane, top, block, scale)
+        top += grid.sizes[planes.index(plane)][1] + GAP
+
+    below = 2 * block + TITLE
+    if has_curves:
+        half = (grid.column(grid.columns - 1) - grid.left - 1.3) / 2
+        LOSS.draw(sheet.axes(grid.left + 0.45, below, half, curves), metrics)
+        RATIO.draw(sheet.axes(grid.left + half + 1.05, below, half, curves), metrics)
+    _wheel(sheet.axes(grid.column(grid.columns - 1), below, grid.wide, curves), scale, volume)
+    about = ["slices through the middle of what is seen, displacement in the plane of each"] if volume else []
+    about += [f"channel 1 of {channels}"] if channels not in (1, 3) else []
+    about.append("a over b: a in magenta, b in green, grey where they agree; hatched: the truth points outside a")
+    sheet.footnote("; ".join(about))
+    return sheet
+
+
+def _scale(p: Pictures) -> float:
+    """The largest true displacement that is shown, px."""
+    lengths = [np.hypot(*plane.field(p.dvf_true))[plane.cut(p.mask)[0].astype(bool)] for plane in p.planes]
+    return float(np.concatenate(lengths).max(initial=0.0)) or 1.0
+
+
+def _row(sheet: Sheet, grid: Grid, p: Pictures, plane: Plane, top: float, block: float, scale: float) -> None:
+    """One plane: views, fields and overlays, and a `block` below the warps of all levels."""
+    number, levels = p.planes.index(plane), len(p.warped)
+    size, volume = grid.sizes[number], plane.axis is not None
+    inside = plane.cut(p.mask)[0].astype(bool)
+    a, b = grey(plane.cut(p.x_a)), grey(plane.cut(p.x_b))
+    warps = [grey(plane.cut(w)) for w in p.warped]
+    error, ratio = p.end_point()
+
+    def show(column: int, rgb: Array, name: str, note: str = "", down: float = 0.0, **style: Any) -> None:
+        names = (name, note) if number == 0 else ("", "")
+        sheet.tile(grid.column(column), top + down, size, rgb, *names, up=volume, head=grid.wide, **style)
+
+    if volume:
+        sheet.row_name(top, size[1], plane.name)
+        sheet.row_name(block + top, size[1], plane.name)
+    predicted = plane.field(p.dvf_levels[-1])
+    show(0, a, "view a")
+    show(1, b, "view b")
+    show(2, dvf_to_rgb(plane.field(p.dvf_true), scale), "true displacement", inside=inside)
+    show(3, dvf_to_rgb(predicted, scale), "predicted", f"error {error:.2f} px, ratio {ratio:.2f}")
+    show(4, overlay(a, b, inside), "a over b", "before", inside=inside)
+    show(5, overlay(warps[-1], b, inside), "a over b", "after warping", inside=inside)
+    for level, image in enumerate(warps):
+        show(level, image, f"a warped, level {level}", f"stride {p.stride(level)}", block)
+    show(levels, b, "view b", "target", block)
+
+
+def _wheel(axes: Axes, scale: float, up: bool) -> None:
+    """The colour of every displacement up to `scale` px, as a disc; directions are those of the pictures."""
+    at = np.linspace(-1, 1, 301)
+    dvf = np.stack(np.meshgrid(at, at, indexing="ij")) * scale
+    alpha = np.clip((1 - np.hypot(dvf[0], dvf[1]) / scale) * 150, 0, 1)
+    rgba = np.dstack([dvf_to_rgb(dvf, scale), alpha])
+    axes.imshow(rgba[::-1] if up else rgba, extent=(-1, 1, 1, -1), interpolation="bilinear")
+    wide, high = axes.bbox.size
+    axes.set(xlim=(-1.15, 1.75), ylim=(2.9 * high / wide - 1.15, -1.15), aspect="equal")
+    axes.axis("off")
+    axes.set_title("displacement", loc="left", fontsize=10.5, color=INK, pad=5)
+    axes.contour(at, at, np.hypot(dvf[0], dvf[1]) / scale, [0.5], colors=INK, linewidths=0.5, alpha=0.4)
+    axes.plot([0, 1], [0, 0], color=INK, linewidth=0.8)
+    axes.text(0.5, 0.03, f"{scale / 2:.3g}", fontsize=8.5, color=INK, ha="center", va="top")
+    axes.text(1.05, 0.0, f"{scale:.3g} px", fontsize=9, color=INK, ha="left", va="center")

@@ -1,0 +1,66 @@
+"""From settings to the network and the method that trains it."""
+
+from __future__ import annotations
+
+import torch
+
+from coverfast.backbones import UNet
+from coverfast.checks import InputError, per_axis, require
+from coverfast.methods.cover import Cover
+from coverfast.ops.dispatch import OPS, choose
+from coverfast.pyramid import VectorPyramid
+from coverfast.training.settings import Settings
+from coverfast.training.world import World
+
+
+def build_method(s: Settings, ndim: int, channels: int) -> Cover:
+    """The method of a run on images of `ndim` axes and `channels`, on the CPU, its weights drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(s.seed)
+        backbone = UNet(ndim, channels, s.unet_channels())
+        window = s.window[0] if len(s.window) == 1 else s.window
+        pyramid = VectorPyramid(ndim, backbone.feature_channels, s.groups, s.head_dim, window, impl=s.impl)
+    return Cover(backbone, pyramid, crop=crop_of(s, ndim), settings=s.views(), pad=s.pad, impl=s.impl)
+
+
+def crop_of(s: Settings, ndim: int) -> tuple[int, ...]:
+    """Size of the views, one int an axis."""
+    return per_axis("crop", s.crop[0] if len(s.crop) == 1 else s.crop, ndim)
+
+
+def choose_device(name: str, impl: str = "auto", world: World | None = None) -> torch.device:
+    """The device of a run; among several processes each has its own GPU."""
+    device = _device(name)
+    if device.type == "cuda" and world and world.size > 1:
+        require(device.index is None, f"device must be auto, cpu or cuda with several processes, got {name!r}")
+        device = torch.device("cuda", world.local_rank)
+    for op in OPS:
+        choose(op, impl, torch.empty(0, device=device))
+    return device
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    require(device.type in ("cpu", "cuda"), f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        require((device.index or 0) < count, f"device must be one of the {count} CUDA devices found here, got {name!r}")
+    return device
+
+
+def check_batch(s: Settings, world: World) -> None:
+    """Refuse a batch that cannot be shared evenly, with the nearest ones that can."""
+    shares = world.size * s.accumulate
+    below = s.batch // shares * shares
+    nearest = [b for b in (below, below + shares) if b > 0]
+    among = f"{world.size} processes" if s.accumulate == 1 else f"{world.size} process(es) of {s.accumulate} parts each"
+    require(
+        s.batch % shares == 0,
+        f"batch must be divisible by {shares} for {among}, got {s.batch}; the nearest are "
+        f"{' and '.join(map(str, nearest))}",
+    )

@@ -1,0 +1,106 @@
+"""Checkpoints: whole or not there, with a checksum, and the newest sound one found again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coverfast.checks import InputError, require
+from coverfast.disk import explained, write_atomically
+
+_FORMAT, _VERSION = "coverfast-checkpoint", 2
+# A zip archive, which torch.save writes, may end in a comment, whose length stands before it. Ours holds the SHA-256
+# of all that comes before the comment: one file, renamed once, that torch.load reads as it is.
+_LABEL = b"sha256:"
+_COMMENT = len(_LABEL) + 64
+_END, _END_SIZE = b"PK\x05\x06", 22
+
+
+class Damaged(InputError):
+    """A checkpoint that is not as it was written."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of a run, a file `iteration-N.pt` each."""
+
+    folder: Path
+
+    def paths(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.folder.glob("iteration-*.pt"))
+
+    def save(self, iteration: int, state: Mapping[str, Any], *, keep: int, keep_every: int = 0) -> Path:
+        """Write a checkpoint whole, then drop all but the newest `keep` and those of every `keep_every` iterations.
+
+        Raises:
+            InputError: when it cannot be written; the older ones are then as they were.
+        """
+        path = self.folder / f"iteration-{iteration:08d}.pt"
+        memory = io.BytesIO()  # torch's own writer reports a full disk as a bare RuntimeError
+        torch.save({"format": _FORMAT, "version": _VERSION, "iteration": iteration, **state}, memory)
+        content = memory.getbuffer()
+        content[-2:] = _COMMENT.to_bytes(2, "little")
+        digest = hashlib.sha256(content).hexdigest().encode()
+        content.release()
+        memory.seek(0, io.SEEK_END)
+        memory.write(_LABEL + digest)
+        with explained(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        write_atomically(path, memory.getbuffer())
+        for old in self.paths()[:-keep]:
+            if not (keep_every and _iteration(old) % keep_every == 0):
+                old.unlink(missing_ok=True)
+        return path
+
+    def newest(self, device: torch.device) -> tuple[Path, dict[str, Any], list[str]] | None:
+        """The newest sound checkpoint with a sentence for every damaged one after it; None when there is none at all.
+
+        Raises:
+            InputError: when all are damaged.
+        """
+        paths, damaged = self.paths(), []
+        for path in reversed(paths):
+            try:
+                return path, read_checkpoint(path, device), damaged
+            except Damaged as error:
+                damaged.append(str(error))
+        require(not paths, f"one checkpoint must be sound, but none of {len(paths)} is: {'; '.join(damaged)}")
+        return None
+
+
+def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+    """A checkpoint, verified. Nothing but tensors and plain values is read.
+
+    Raises:
+        Damaged: when it cannot be read or its checksum is wrong.
+        InputError: when it is none of this version.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Damaged(f"{path} must be a checkpoint, but it cannot be read: {error.strerror or error}") from None
+    body, comment = content[:-_COMMENT], content[-_COMMENT:]
+    sound = body[-_END_SIZE:].startswith(_END) and comment == _LABEL + hashlib.sha256(body).hexdigest().encode()
+    if not sound:
+        raise Damaged(f"{path} must be a checkpoint, but its checksum is missing or wrong: it is damaged")
+    try:
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except Exception as error:  # an archive that is none fails in many ways
+        raise Damaged(f"{path} must be a checkpoint, but it cannot be read: {error}") from None
+    found = (state.get("format"), state.get("version")) if isinstance(state, dict) else (None, None)
+    require(
+        found == (_FORMAT, _VERSION),
+        f"{path} must be a coverfast checkpoint of version {_VERSION}, got {found[0]!r} of version {found[1]!r}",
+    )
+    return state
+
+
+def _iteration(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])

@@ -1,0 +1,83 @@
+"""Settings on disk: TOML to write a run's configuration and to read one, and what a resumed run may change."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from coverfast.checks import InputError, require
+from coverfast.disk import explained
+from coverfast.training.settings import Settings, check_values, checked
+
+
+def to_toml(
+    settings: Settings, *, comments: bool = False, tables: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
+    """The settings as a TOML document, with the help of every key as a comment or with further tables behind."""
+    lines = []
+    for f in fields(settings):
+        line = f"{f.name} = {_toml_value(getattr(settings, f.name))}"
+        lines.append(f"{line:<48}# {f.metadata['help']}" if comments else line)
+    for title, table in (tables or {}).items():
+        lines += ["", f"[{title}]", *(f"{key} = {_toml_value(value)}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return _toml_value(value[0]) if len(value) == 1 else f"[{', '.join(map(_toml_value, value))}]"
+    # JSON's strings, numbers and truth values are TOML's, but for escapes beyond 16 bits and a bare DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def read_toml(path: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Settings of a TOML file, checked, and its tables (of a run's own file: provenance, resumed)."""
+    path = Path(path)
+    with explained(path, "read"):
+        require(path.is_file(), f"config must be a TOML file, but there is no file {path}")
+        data = path.read_bytes()
+    try:
+        values = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"config must be a TOML file, but {path} is none: {error}") from None
+    tables = {title: values.pop(title, {}) for title in ("provenance", "resumed")}
+    try:
+        return check_values(values), tables
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+# --- resume ------------------------------------------------------------------------------------------------------
+
+
+def check_resume(old: Settings, given: Mapping[str, Any]) -> Settings:
+    """The settings of a resumed run: the old ones, and what was given anew where that may change."""
+    given = check_values(given)
+    for f in fields(Settings):
+        if f.name in given and not f.metadata.get("free") and given[f.name] != getattr(old, f.name):
+            free = ", ".join(n for n in free_settings())
+            raise InputError(
+                f"{f.name} cannot change on resume, the run has {getattr(old, f.name)!r}, got {given[f.name]!r} "
+                f"(free to change: {free})"
+            )
+    return checked(replace(old, **given))
+
+
+def changed_settings(stored: Mapping[str, Any], settings: Settings) -> str:
+    """Names of the settings of a checkpoint that may not change and did."""
+    now, free = as_plain(settings), set(free_settings())
+    return ", ".join(name for name in now if name not in free and stored.get(name) != now[name])
+
+
+def free_settings() -> Iterable[str]:
+    """Names of the settings that may change on resume."""
+    return (f.name for f in fields(Settings) if f.metadata.get("free"))
+
+
+def as_plain(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON-able values."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}

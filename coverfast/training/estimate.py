@@ -1,0 +1,152 @@
+"""What a training step will take, told before any memory is: floating point operations, bytes, and a device's rate."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import weakref
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from coverfast.checks import per_axis
+from coverfast.geometry import AffineDVF
+from coverfast.methods import Method
+from coverfast.methods.cover import Cover
+from coverfast.views import Views
+
+#: Rows of the matrices whose product is timed, large enough to fill a device.
+_ROWS = {"cpu": 1024, "cuda": 8192}
+#: Seconds for which matrix products are timed.
+_TIMED = 0.2
+
+
+def step_flops(method: Method, batch: int) -> float:
+    """Floating point operations of a training step on `batch` images: three times the forward's convolutions.
+
+    Counted on tensors without values: no memory, no random numbers, weights untouched. NaN for a method other than
+    COVER, whose network's input is not known, and for one that is sharded, which cannot be copied: ask before.
+    """
+    network = _without_values(method)
+    if network is None:
+        return math.nan
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        features = network.backbone(_views_without_values(network, batch).pair)
+        for project, level in zip(network.pyramid.projections, features, strict=True):
+            project.linear(level)
+    return 3.0 * counter.get_total_flops()
+
+
+def step_bytes(method: Method, batch: int) -> float:
+    """Bytes that forward and backward of `batch` images hold at their peak in float32, uncompiled.
+
+    Activations, gradients, and whatever lives for a moment, but what is inside an operator; neither the weights nor the
+    moments of the optimiser. With these, a tenth below what steps take on a CPU at most, at the sizes of the presets.
+    Else as `step_flops`.
+    """
+    network = _without_values(method)
+    if network is None:
+        return math.nan
+    network.impl = network.pyramid.impl = "torch"  # Triton takes no tensor without values
+    views = _views_without_values(network, batch)
+    with _Living() as living:
+        network(views).loss.backward()
+    return float(living.peak)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that products of large matrices reach on the device, measured in about 0.2 s: what MFU is relative to.
+
+    Below what makers print, for a device keeps its highest clock only for a moment; a convolution may come close. On a
+    GPU float32 is what convolutions make of it: TF32 unless that is turned off.
+    """
+    rows = _ROWS[device.type]
+    generator = torch.Generator(device).manual_seed(0)  # of its own: the training's random numbers are not touched
+    a, b = (torch.randn(rows, rows, generator=generator, device=device).to(dtype) for _ in range(2))
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        once = _seconds(lambda: a @ b, device, 1)  # the first one also sets up
+        once = min(once, _seconds(lambda: a @ b, device, 1))
+        runs = [_seconds(lambda: a @ b, device, max(1, int(_TIMED / 4 / once))) for _ in range(4)]
+    finally:
+        matmul.allow_tf32 = before
+    return 2.0 * rows**3 / min(once, *runs)
+
+
+def duration(seconds: float) -> str:
+    """For people: `35 ms`, `2.5 s`, `3 min 20 s`, `5 days 4 h`."""
+    if seconds < 0.0995:
+        return f"{1e3 * seconds:.2g} ms"
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    for (name, length), (smaller, step) in pairwise((("day", 86400), ("h", 3600), ("min", 60), ("s", 1))):
+        whole, rest = divmod(step * round(seconds / step), length)
+        if whole:
+            name += "s" if name == "day" and whole > 1 else ""
+            return f"{whole} {name}" + (f" {rest // step} {smaller}" if rest else "")
+    return f"{seconds:.0f} s"
+
+
+def _without_values(method: Method) -> Any:
+    """A copy that takes no memory; None where that is not known or cannot be."""
+    if not isinstance(method, Cover) or any(hasattr(p, "full_tensor") for p in method.parameters()):
+        return None
+    blank: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in method.parameters()}
+    blank |= {id(b): torch.empty_like(b, device="meta") for b in method.buffers()}
+    return copy.deepcopy(method, blank)
+
+
+def _views_without_values(method: Any, batch: int) -> Views:
+    ndim, channels = method.pyramid.ndim, getattr(method.backbone, "in_channels", 1)
+    size = per_axis("crop", method.crop, ndim)
+    numbers = torch.empty(batch, ndim, ndim + 3, device="meta")
+    return Views(torch.empty(2 * batch, channels, *size, device="meta"), AffineDVF.of(numbers, size), "inside")
+
+
+class _Living(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators make, as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, Tensor)):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._known:
+                self._known.add(key)
+                weakref.finalize(storage, self._gone, key, size)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _seconds(run: Callable[[], Any], device: torch.device, count: int) -> float:
+    """Of one run among `count`, without what is still to be done before."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(count):
+                run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3 / count
+    begun = time.perf_counter()
+    for _ in range(count):
+        run()
+    return (time.perf_counter() - begun) / count

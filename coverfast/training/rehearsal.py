@@ -1,0 +1,76 @@
+"""One step before the start: what a run will take, known before anything is written."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from coverfast.disk import byte_count
+from coverfast.methods import Batch
+from coverfast.methods.cover import Cover
+from coverfast.training.engine import Engine
+from coverfast.training.estimate import duration, matrix_rate, step_flops
+from coverfast.training.telemetry import peak_memory
+
+#: A first step that takes longer than this is not repeated without what only a first step does.
+_LONG = 20.0
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a step takes. seconds: of it. memory: bytes at the peak. flops: of all processes. rate: FLOP/s of them."""
+
+    seconds: float
+    memory: float
+    flops: float
+    rate: float
+
+
+def rehearse(engine: Engine, batch: Batch, whole: Cover) -> Rehearsal:
+    """Forward and backward of a batch, as the training will do them; the weights are left as they are.
+
+    whole: the method as one process by itself has it, to count operations on.
+    """
+    device, world = engine.device, engine.world
+    seconds = math.inf
+    for attempt in range(2):
+        before = time.perf_counter()
+        engine.step(batch, update=False)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took = time.perf_counter() - before
+        seconds = min(seconds, took)
+        if world.same(took > _LONG and not (attempt or engine.settings.compile)):
+            break
+    engine.optimizer.zero_grad(set_to_none=True)
+    moments = 8 * sum(p.numel() for p in engine.method.parameters())
+    dtype = torch.bfloat16 if engine.choices.precision == "bfloat16" else torch.float32
+    flops = step_flops(whole, engine.settings.batch)
+    return Rehearsal(seconds, peak_memory(device) + moments, flops, matrix_rate(device, dtype) * world.size)
+
+
+def forecast(found: Rehearsal, engine: Engine, first: int, folder: Path) -> list[str]:
+    """Sentences for people: memory, time and disk of the run."""
+    s = engine.settings
+    left = s.iterations - first + 1
+    weights = sum(p.numel() for p in engine.method.parameters())
+    one = 4 * weights * (4 if engine.ema else 3)
+    kept = min(s.keep_checkpoints, math.ceil(left / s.checkpoint_every))
+    kept += s.iterations // s.keep_every if s.keep_every else 0
+    metrics = 600 * s.iterations
+    need = one * (kept + 1) + 4 * weights + metrics  # one more while the oldest still stands
+    there = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(there).free
+    notes = [
+        f"a step takes about {duration(found.seconds)}, {found.flops / 1e9:,.0f} GFLOP and {byte_count(found.memory)} of "
+        f"memory; {left:,} of them about {duration(left * found.seconds)}",
+        f"checkpoints of {byte_count(one)}, {kept} of them; {byte_count(need)} of disk in all, {byte_count(free)} are free",
+    ]
+    if need > free:
+        notes.append(f"warning: {folder} has not enough space for this run; see --keep-checkpoints and --keep-every")
+    return notes

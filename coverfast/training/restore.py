@@ -1,0 +1,73 @@
+"""A method as a checkpoint holds it, without the data it was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coverfast.backbones import load_state
+from coverfast.checks import require
+from coverfast.methods.cover import Cover
+from coverfast.training.assembly import build_method
+from coverfast.training.checkpoints import Checkpoints, read_checkpoint
+from coverfast.training.runs import Run
+from coverfast.training.settings import Settings, resolve
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint holds.
+
+    Attributes:
+        method: in evaluation mode; the moving average of the weights where the run keeps one.
+        settings: of the run.
+        preprocessing: how the images it learned from were made, as shards say it.
+        iteration: after which it was written.
+        metrics: of the run it lies in, if it does.
+        notes: sentences on damaged checkpoints that were passed over.
+    """
+
+    method: Cover
+    settings: Settings
+    preprocessing: dict[str, Any]
+    iteration: int
+    metrics: Path | None
+    notes: list[str]
+
+
+def restore_method(path: str | Path, device: torch.device | str = "cpu") -> Restored:
+    """The method of a checkpoint, or of the newest sound checkpoint of a run folder.
+
+    Raises:
+        InputError: when there is none, or it is damaged.
+    """
+    path, device, notes = Path(path), torch.device(device), list[str]()
+    if path.is_dir():
+        found = Run(path).checkpoints.newest(torch.device("cpu"))
+        require(found is not None, f"{path} must be a run folder with a checkpoint, but there is none in checkpoints/")
+        assert found is not None
+        path, state, notes = found
+    else:
+        require(path.is_file(), f"checkpoint must be a file or a run folder, but there is no {path}")
+        state = read_checkpoint(path, torch.device("cpu"))
+    values = dict(state["settings"])
+    settings, data = resolve(str(values.get("preset")), values), state["data"]
+    method = build_method(settings, int(data["ndim"]), int(data["channels"]))
+    load_state(method, weights_of(state), str(path))
+    metrics = path.parent.parent / "metrics.jsonl"
+    return Restored(
+        method.to(device).eval(),
+        settings,
+        dict(data["preprocessing"]),
+        int(state["iteration"]),
+        metrics if metrics.is_file() else None,
+        notes,
+    )
+
+
+def weights_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights that are the result of a run: the moving average where there is one."""
+    return state.get("ema", state["method"])
