@@ -53,7 +53,9 @@ def run_pretraining(ready: Pretraining) -> None:
     for note in ready.notes:
         print(note)
     told = len(ready.notes)
-    where = f"{ready.world.size} processes on {ready.engine.device.type}" if ready.world.size > 1 else ready.engine.device
+    where = (
+        f"{ready.world.size} processes on {ready.engine.device.type}" if ready.world.size > 1 else ready.engine.device
+    )
     print(
         f"{s.preset}: iterations {ready.first} to {s.iterations}, batch {s.batch}, crop {'x'.join(map(str, s.crop))}, "
         f"{len(ready.shards)} sample(s) of {_first_of(ready.shards.paths)} (split {ready.shards.split}), "

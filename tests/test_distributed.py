@@ -93,7 +93,9 @@ def test_a_batch_that_cannot_be_shared_names_the_nearest() -> None:
     with pytest.raises(InputError, match=r"divisible by 3 for 3 processes, got 8; the nearest are 6 and 9"):
         library.check_batch(settings, World(0, 3))
     two = library.resolve("small-2d", {"batch": 3, "accumulate": 2})
-    with pytest.raises(InputError, match=r"divisible by 4 for 2 process\(es\) of 2 parts each, got 3; the nearest are 4"):
+    with pytest.raises(
+        InputError, match=r"divisible by 4 for 2 process\(es\) of 2 parts each, got 3; the nearest are 4"
+    ):
         library.check_batch(two, World(0, 2))
 
 

@@ -200,9 +200,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         return aot_eager(graph, inputs)
 
     compile_ = nn.Module.compile
-    monkeypatch.setattr(
-        nn.Module, "compile", lambda self, mode, **how: compile_(self, **how, backend=backend)
-    )
+    monkeypatch.setattr(nn.Module, "compile", lambda self, mode, **how: compile_(self, **how, backend=backend))
     torch.compiler.reset()
     yield found
     torch.compiler.reset()
@@ -211,9 +209,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
 @pytest.mark.parametrize(
     ("ndim", "more"), [(3, {}), (2, {"recompute": True, "accumulate": 2, "precision": "bfloat16"})]
 )
-def test_the_method_is_one_graph_and_never_compiled_again(
-    graphs: set[str], ndim: int, more: dict[str, object]
-) -> None:
+def test_the_method_is_one_graph_and_never_compiled_again(graphs: set[str], ndim: int, more: dict[str, object]) -> None:
     found, three = [], {"channels": (8, 8, 8), "groups": (1, 1, 1)}  # levels: enough to have them all
     for compiled in (False, True):
         e = engine(ndim, compile=compiled, **three, **more)

@@ -306,7 +306,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_batch_kept(
 def test_too_many_skipped_steps_end_the_run(shard: Path, tmp_path: Path, spoiled: set[int]) -> None:
     spoiled |= set(range(3, 100))
     run = without_pictures(ready(shard, tmp_path / "run", iterations=100, checkpoint_every=2, skip_limit=4))
-    with pytest.raises(InputError, match=r"but 5 steps among the last 100 were skipped, the last at iteration 7 .*0006"):
+    with pytest.raises(
+        InputError, match=r"but 5 steps among the last 100 were skipped, the last at iteration 7 .*0006"
+    ):
         run.start()
     assert run.run is not None
     newest = run.run.checkpoints.newest(CPU)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +114,9 @@ def test_pickle_bomb_as_checkpoint_does_not_run(shard: Path, tmp_path: Path, mon
 
 def test_run_folder_holds_everything(shard: Path, tmp_path: Path) -> None:
     flags = {"iterations": 3, "val": str(shard), "val_every": 2, "checkpoint_every": 1, "monitor_every": 2}
-    run = library.plan({**TINY, "data": str(shard), "run": str(tmp_path / "run"), "preset": "small-2d", **flags}).start()
+    run = library.plan(
+        {**TINY, "data": str(shard), "run": str(tmp_path / "run"), "preset": "small-2d", **flags}
+    ).start()
     config = tomllib.loads(run.config.read_text())
     assert config["iterations"] == 3
     assert config["provenance"]["data_sha256"] == Shard(shard).content_hash

@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
 
 
 class Method(nn.Module, ABC):
-    """What the training loop asks of a method; the shortest one that trains is in docs/methods.md.
+    """What the training loop asks of a method.
 
     Attributes:
         regions: which part of each image an iteration needs: from (seed, iteration, samples `(B,)`, sizes `(B, n)`,

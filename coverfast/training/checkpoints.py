@@ -65,7 +65,7 @@ class Checkpoints:
         Raises:
             InputError: when all are damaged.
         """
-        paths, damaged = self.paths(), []
+        paths, damaged = self.paths(), list[str]()
         for path in reversed(paths):
             try:
                 return path, read_checkpoint(path, device), damaged

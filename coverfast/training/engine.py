@@ -1,4 +1,4 @@
-"""One training step on one device or on many: precision, compilation, gradients, optimiser. It never waits for a GPU."""
+"""One training step on one device or many: precision, compilation, gradients, optimiser. It never waits for a GPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Choices:
 
     @classmethod
     def of(cls, s: Settings, device: torch.device, ndim: int) -> Choices:
-        """bfloat16 on a GPU that has it. Channels-last when compiled on a GPU (a norm by itself copies), in 3D on a CPU."""
+        """bfloat16 on a GPU that has it. Channels-last if compiled on a GPU (norms alone copy), and in 3D on a CPU."""
         gpu = device.type == "cuda"
         precision = s.precision
         if precision == "auto":
@@ -84,7 +84,7 @@ class Engine:
         s, method = self.settings, self.method
         how: dict[str, Any] = {"dynamic": False, "mode": "reduce-overhead" if s.cuda_graphs else None}
         if self.sharded:
-            from torch.distributed import init_device_mesh
+            from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
             mesh = init_device_mesh(self.device.type, (self.world.size,))
@@ -151,7 +151,7 @@ class Engine:
     def _update(self, iteration: int, skipped: Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, iteration)
-        # What GradScaler uses: the fused optimisers leave weights, moments and their count of steps alone where it is 1.
+        # What GradScaler uses: where it is 1, fused optimisers leave weights, moments and their count of steps alone.
         self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         if self.ema:
@@ -193,7 +193,8 @@ class Engine:
 
     def weights(self) -> dict[str, Tensor]:
         """The result's whole weights, on the CPU of the first process."""
-        return get_model_state_dict(self.result, options=_WHOLE)
+        found: dict[str, Any] = get_model_state_dict(self.result, options=_WHOLE)
+        return found
 
     # --- state ---
 

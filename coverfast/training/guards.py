@@ -115,7 +115,7 @@ class SkipGuard:
             torch.save(content, memory)
             with explained(self.folder):
                 self.folder.mkdir(exist_ok=True)
-            write_atomically(path, memory.getbuffer())
+            write_atomically(path, memory.getvalue())
         except InputError as error:
             return f"; its batch could not be saved: {error}"
         return f"; its batch is in {path}"

@@ -34,13 +34,17 @@ def train(engine: Engine, data: Iterable[Batch], telemetry: Telemetry, hooks: Ho
     """Train over `data`, one batch an iteration; the number of the signal that ended it early, or 0."""
     s, writes = engine.settings, engine.world.writes
     engine.method.train()
-    batches = iter(data)
+    batches, i = iter(data), 0
     while True:
         begun = time.perf_counter()
         with record_function("data"):
             batch = next(batches, None)
-        if batch is None:
-            return 0
+        if batch is None:  # all are seen, or a signal has ended those who read
+            signal = hooks.stop()
+            if signal and i:
+                telemetry.drain(engine.names)
+                hooks.save(i, True)
+            return signal
         arrived, i = time.perf_counter(), batch.iteration
         last = i == s.iterations
 

@@ -103,8 +103,8 @@ def _differences(old: Settings, ready: Pretraining) -> list[str]:
     engine, origin = ready.engine, ready.origin
     now = provenance(ready.shards.content_hash) | {"processes": ready.world.size, "device": str(engine.device)}
     now |= {"precision": engine.choices.precision, "layout": engine.choices.layout}
-    names = ("coverfast", "torch", "triton", "numpy", "python", "commit", "threads")
-    names = (*names, "device", "processes", "precision", "layout")
+    versions = ("coverfast", "torch", "triton", "numpy", "python", "commit")
+    names = (*versions, "threads", "device", "processes", "precision", "layout")
     found = [(name, origin.get(name), now[name]) for name in names if now[name] != origin.get(name)]
     for name in ("compile", "cuda_graphs", "accumulate", "recompute", "deterministic", "fsdp"):
         before, after = getattr(old, name), getattr(ready.settings, name)
@@ -144,9 +144,7 @@ def _validation(settings: Settings, shards: ShardSet) -> ShardSet | None:
     return ShardSet(settings.data, "val") if settings.split == "train" and shards.split_counts["val"] else None
 
 
-def _assemble(
-    s: Settings, shards: ShardSet, notes: list[str], world: World, *, warm: bool = True
-) -> Pretraining:
+def _assemble(s: Settings, shards: ShardSet, notes: list[str], world: World, *, warm: bool = True) -> Pretraining:
     ndim, first = shards.ndim, shards.paths[0]
     require(
         preset_ndim(s.preset) == ndim,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 
-from coverfast.backbones import load_state
+from coverfast.backbones import UNet, load_state
 from coverfast.backbones.files import backbone_bytes
 from coverfast.checks import InputError
 from coverfast.disk import write_atomically
@@ -105,9 +107,7 @@ class Pretraining:
         self.run = Run(Path(self.world.same(str(self.run.folder) if self.run else "")))
         return self.run
 
-    def _train(
-        self, run: Run, signals: StopSignals, found: Rehearsal, on_step: Callable[[list[Record]], None]
-    ) -> int:
+    def _train(self, run: Run, signals: StopSignals, found: Rehearsal, on_step: Callable[[list[Record]], None]) -> int:
         s, e, world = self.settings, self.engine, self.world
         workers = reading_processes(e.device) if s.workers < 0 else s.workers
         stream = self._stream(self.shards, s.seed)
@@ -138,7 +138,8 @@ class Pretraining:
             stop=lambda: vote(signals.received),
         )
         try:
-            stopped = train(e, batches(loaded, s.seed, self._skipped), telemetry, hooks)
+            data = _until_stopped(batches(loaded, s.seed, self._skipped), signals, world)
+            stopped = train(e, data, telemetry, hooks)
             vote.close()
         finally:
             if board:
@@ -230,7 +231,9 @@ class Pretraining:
             whole = self._blank()
             load_state(whole, weights, "the trained network")
             about = {"config": as_plain(self.settings), "preprocessing": self.shards.preprocessing}
-            write_atomically(self.run.backbone, backbone_bytes(whole.backbone, **about))
+            backbone = whole.backbone
+            assert isinstance(backbone, UNet)
+            write_atomically(self.run.backbone, backbone_bytes(backbone, **about))
 
     def _draw(self, iteration: int) -> None:
         """Pictures of the run, from fixed views of the first (held-out) sample; what stands in their way is told."""
@@ -264,24 +267,33 @@ class Pretraining:
         method.train()
 
 
+def _until_stopped(data: Iterator[Batch], signals: StopSignals, world: World) -> Iterator[Batch]:
+    """The batches; a signal to a whole group of processes may end those who read before the training is done."""
+    try:
+        yield from data
+    except InputError:
+        time.sleep(0.5)  # it may be on its way to this process
+        if not signals.received or world.size > 1:
+            raise
+
+
 @contextmanager
 def _determinism(s: Settings) -> Iterator[None]:
     """The same bits on a GPU every time, when asked for; otherwise cuDNN may choose its fastest convolutions."""
-    import os
-
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    filling = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    filling = memory.fill_uninitialized_memory
     torch.backends.cudnn.benchmark = not s.deterministic
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
-        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+        memory.fill_uninitialized_memory = filling
 
 
 @contextmanager
@@ -298,4 +310,3 @@ def _explained(s: Settings, device: torch.device) -> Iterator[None]:
         if lost := lost_reader(error):
             raise lost from error
         raise
-

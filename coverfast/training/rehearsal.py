@@ -67,9 +67,9 @@ def forecast(found: Rehearsal, engine: Engine, first: int, folder: Path) -> list
     there = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(there).free
     notes = [
-        f"a step takes about {duration(found.seconds)}, {found.flops / 1e9:,.0f} GFLOP and {byte_count(found.memory)} of "
-        f"memory; {left:,} of them about {duration(left * found.seconds)}",
-        f"checkpoints of {byte_count(one)}, {kept} of them; {byte_count(need)} of disk in all, {byte_count(free)} are free",
+        f"a step takes about {duration(found.seconds)}, {found.flops / 1e9:,.0f} GFLOP and {byte_count(found.memory)} "
+        f"of memory; {left:,} of them about {duration(left * found.seconds)}",
+        f"checkpoints of {byte_count(one)}, {kept} of them; {byte_count(need)} of disk in all, {byte_count(free)} free",
     ]
     if need > free:
         notes.append(f"warning: {folder} has not enough space for this run; see --keep-checkpoints and --keep-every")

@@ -12,7 +12,7 @@ from coverfast.backbones import load_state
 from coverfast.checks import require
 from coverfast.methods.cover import Cover
 from coverfast.training.assembly import build_method
-from coverfast.training.checkpoints import Checkpoints, read_checkpoint
+from coverfast.training.checkpoints import read_checkpoint
 from coverfast.training.runs import Run
 from coverfast.training.settings import Settings, resolve
 

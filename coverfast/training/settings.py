@@ -72,7 +72,7 @@ class Settings:
     impl: str = _setting("auto", f"implementation of the ops: {', '.join(IMPLEMENTATIONS)}")
     precision: str = _setting("auto", "of the network: bfloat16, float32 or auto, bfloat16 on a GPU that has it")
     compile: bool = _setting(True, "compile the step with torch.compile: minutes once, then faster", free=True)
-    cuda_graphs: bool = _setting(False, "replay the compiled step as CUDA graphs: pays where steps are short", free=True)
+    cuda_graphs: bool = _setting(False, "replay the compiled step as CUDA graphs: for short steps", free=True)
     layout: str = _setting("auto", "of feature maps in memory: contiguous, channels_last or auto", free=True)
     accumulate: int = _setting(1, "parts of a batch that pass one after the other, to save memory", least=1, free=True)
     recompute: bool = _setting(False, "recompute activations in the backward pass, to save memory", free=True)

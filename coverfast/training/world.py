@@ -25,7 +25,7 @@ _GRACE = 2.0
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run; alone by default."""
+    """Which process of the run it is; alone by default."""
 
     rank: int = 0
     size: int = 1
@@ -144,7 +144,9 @@ def _tell(store: Any, world: World, error: BaseException) -> str:
         time.sleep(1.0)  # the one that failed may be about to say why
     text = f"process {world.rank}: {error}"
     if lost:
-        text = f"process {world.rank}: another process of the run was lost or did not answer in time: {_first_line(error)}"
+        text = (
+            f"process {world.rank}: another process of the run was lost or did not answer in time: {_sentence(error)}"
+        )
     try:
         first = store.compare_set(_FAILED, "", text).decode() == text
     except Exception:  # the store went with the process that kept it
@@ -174,7 +176,7 @@ def _speaks_of_others(message: str) -> bool:
     return any(word in message for word in words)
 
 
-def _first_line(error: BaseException) -> str:
+def _sentence(error: BaseException) -> str:
     """The first sentence, without the place in torch's sources."""
     line = str(error).splitlines()[0] if str(error) else type(error).__name__
     return re.sub(r"^\[\S+\] *", "", line).partition(". ")[0]
