@@ -65,7 +65,7 @@ def test_losses_are_those_of_the_parts(ndim, size, crop):
     found = figures(cover, images)
     assert list(found) == NAMES
     for name, value in zip(NAMES, (vec + con, vec, con, epe, epe / still, views.mask.float().mean()), strict=True):
-        assert found[name] == pytest.approx(float(value), rel=1e-4, abs=1e-4)
+        assert found[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-4)
     assert_near(out.loss, vec + con, atol=1e-4, rtol=1e-4)
     assert cover.count(views) == views.mask.sum()
 

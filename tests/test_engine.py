@@ -134,7 +134,7 @@ def test_training_is_adam_with_clipping_as_torch_has_it() -> None:
         assert norm == pytest.approx(abs(float(x.grad)))
         nn.utils.clip_grad_norm_([x], 0.5)
         adam.step()
-        assert float(e.method.x) == pytest.approx(float(x), rel=1e-6)
+        assert e.method.x.item() == pytest.approx(x.item(), rel=1e-6)
 
 
 def test_weight_decay_is_decoupled_in_adamw_alone() -> None:
@@ -142,7 +142,7 @@ def test_weight_decay_is_decoupled_in_adamw_alone() -> None:
     for optimizer in ("adam", "adamw"):
         e = Engine(Line(), settings(optimizer=optimizer, weight_decay=0.5, lr=0.1), CPU)
         e.step(batch())
-        found[optimizer] = float(e.method.x)
+        found[optimizer] = e.method.x.item()
     assert found["adamw"] == pytest.approx(3 * (1 - 0.05) - 0.1, rel=1e-5)
     assert found["adam"] == pytest.approx(3 - 0.1, rel=1e-5)
 
@@ -153,15 +153,15 @@ def test_the_moving_average_is_the_result_and_survives_a_resume() -> None:
     for i in range(1, 6):
         e.step(batch(iteration=i))
         decay = min(0.9, i / (i + 9))
-        average = decay * average + (1 - decay) * float(e.method.x)
-        assert float(e.result.x) == pytest.approx(average, rel=1e-6)
+        average = decay * average + (1 - decay) * e.method.x.item()
+        assert e.result.x.item() == pytest.approx(average, rel=1e-6)
     again = Engine(Line(), settings(ema=0.9, lr=0.1), CPU)
     again.load_state(copy.deepcopy(e.state()), "here")
     for e_ in (e, again):
         e_.step(batch(iteration=6))
     assert torch.equal(e.result.x, again.result.x)
     assert torch.equal(e.method.x, again.method.x)
-    assert float(e.weights()["x"]) == float(e.result.x) != float(e.method.x)
+    assert float(e.weights()["x"]) == e.result.x.item() != e.method.x.item()
     with pytest.raises(InputError, match="here must hold a moving average"):
         again.load_state({k: v for k, v in e.state().items() if k != "ema"}, "here")
 

@@ -42,7 +42,7 @@ class Choices:
         gpu = device.type == "cuda"
         precision = s.precision
         if precision == "auto":
-            precision = "bfloat16" if gpu and torch.cuda.is_bf16_supported() else "float32"
+            precision = "bfloat16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
         last = s.compile if gpu else ndim == 3
         layout = ("channels_last" if last else "contiguous") if s.layout == "auto" else s.layout
         return cls(precision, layout)

@@ -160,7 +160,7 @@ def _tell(store: Any, world: World, error: BaseException) -> str:
 
 def _leave_last(store: Any, world: World) -> None:
     """The first process keeps the store: it gives the others time to read there who has failed."""
-    deadline = time.monotonic() + 4 * _GRACE
+    deadline = time.monotonic() + 2 * _GRACE
     try:
         if world.rank:
             store.add(_LEFT, 1)
