@@ -7,7 +7,7 @@ import sys
 import typer
 
 from coverfast.checks import InputError, printable
-from coverfast.cli import bench, pretrain, shards
+from coverfast.cli import bench, pretrain, shards, visualize
 
 app = typer.Typer(
     name="coverfast",
@@ -20,6 +20,7 @@ app.add_typer(shards.app, name="shards")
 app.command()(pretrain.pretrain)
 app.command()(pretrain.config)
 app.command()(pretrain.demo)
+app.command()(visualize.visualize)
 app.add_typer(bench.app, name="bench")
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Pixels to mark in an image; in a volume one on each of its three planes.
 _POINTS = 4
+#: A corner with less than this part of the best one's score, a sixth of its contrast, is not worth a mark.
+_FAINT = 1 / 36
 
 
 def pictures(method: Cover, batch: Batch) -> dict[str, Any]:
@@ -121,14 +123,15 @@ def marked(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Where to look in an image `(C, *S)`: a centre `(n,)`, and pixels `(K, n)` to mark, int64 on its device.
 
     The centre is that of the edges inside `mask` `(*S)`; planes through it show a volume. The pixels lie inside the
-    mask, on those planes, well apart, where the image has corners: none where the mask is empty.
+    mask, well apart, where the image has corners: at most four in an image; in a volume one on each of the planes.
+    Where the mask is empty there are none.
     """
     # A plane or three, on the host: ties and sums come out the same on every device.
     grey = image.float().mean(0)
     n = grey.ndim
     centre = _centre(grey, mask)
     chosen: list[Tensor] = []
-    room = min(grey.shape) / 4
+    room = min(grey.shape) / 6
     for axis in range(n) if n == 3 else (None,):
         plane, inside, place = grey, mask, [torch.arange(s) for s in grey.shape]
         if axis is not None:
@@ -136,12 +139,13 @@ def marked(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             place[axis] = centre[axis : axis + 1]
         score = _corners(plane.cpu())
         score = torch.where(inside.cpu() & _away_from_edges(score), score, -1.0)
+        least = max(0.0, _FAINT * float(score.max())) if axis is None else 0.0
         where = torch.cartesian_prod(*place).reshape(*score.shape, n)
         for _ in range(1 if axis is not None else _POINTS):
             for point in chosen:
                 near = (where - point).double().norm(dim=-1) < room
                 score = score.masked_fill(near, -1.0)
-            if not score.numel() or float(score.max()) < 0:
+            if float(score.max()) < least:
                 break
             chosen.append(where.reshape(-1, n)[int(score.flatten().argmax())])
     points = torch.stack(chosen) if chosen else torch.zeros(0, n, dtype=torch.int64)

@@ -134,7 +134,7 @@ def _frame(axes: Axes, iteration: Array, title: str) -> None:
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.7, zorder=0)
     axes.set_xlabel("iteration", fontsize=9.5, color=INK, labelpad=3)
     axes.set_title(title, loc="left", fontsize=10.5, color=INK, pad=5)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}" if v < 10_000 else f"{v / 1000:g}k")
     if len(iteration) > 1:
         axes.set_xlim(iteration[0], iteration[-1])

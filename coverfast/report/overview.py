@@ -61,7 +61,6 @@ def _row(sheet: Sheet, grid: Grid, p: Pictures, plane: Plane, top: float, block:
     inside = plane.cut(p.mask)[0].astype(bool)
     a, b = grey(plane.cut(p.x_a)), grey(plane.cut(p.x_b))
     warps = [grey(plane.cut(w)) for w in p.warped]
-    error, ratio = p.end_point()
 
     def show(column: int, rgb: Array, name: str, note: str = "", down: float = 0.0, **style: Any) -> None:
         names = (name, note) if number == 0 else ("", "")
@@ -74,7 +73,7 @@ def _row(sheet: Sheet, grid: Grid, p: Pictures, plane: Plane, top: float, block:
     show(0, a, "view a")
     show(1, b, "view b")
     show(2, dvf_to_rgb(plane.field(p.dvf_true), scale), "true displacement", inside=inside)
-    show(3, dvf_to_rgb(predicted, scale), "predicted", f"error {error:.2f} px, ratio {ratio:.2f}")
+    show(3, dvf_to_rgb(predicted, scale), "predicted", p.summary())
     show(4, overlay(a, b, inside), "a over b", "before", inside=inside)
     show(5, overlay(warps[-1], b, inside), "a over b", "after warping", inside=inside)
     for level, image in enumerate(warps):

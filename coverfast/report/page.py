@@ -96,6 +96,8 @@ def write_report(
     lead = (
         f"On this sample the predicted displacement is {error:.2f} px off on average, {ratio:.2f} of the error of "
         "predicting none."
+        if pictures.mask.any()
+        else "The two views have no pixel in common: the crop is small for the image, and there is nothing to measure."
     )
     parts = [f"<h1>{escape(title)}</h1>", _facts(about or {}), f"<p>{lead}</p>"]
     for name, heading, caption, sheet in sheets:

@@ -159,11 +159,20 @@ class Pictures:
         return Plane(0, int(self.points[point][0]), self.size[0])
 
     def end_point(self) -> tuple[float, float]:
-        """End-point error of the finest prediction inside the mask, px, and its ratio to that of no displacement."""
+        """End-point error of the finest prediction inside the mask, px, and its ratio to that of no displacement.
+
+        NaN where there is nothing inside.
+        """
         inside = self.mask[0].astype(bool)
 
         def mean(dvf: Array) -> float:
-            return float(np.sqrt((dvf.astype(np.float64) ** 2).sum(axis=0))[inside].sum() / max(1, inside.sum()))
+            lengths = np.sqrt((dvf.astype(np.float64) ** 2).sum(axis=0))[inside]
+            return float(lengths.mean()) if lengths.size else float("nan")
 
         still, error = mean(self.dvf_true), mean(self.dvf_levels[-1] - self.dvf_true)
         return error, error / still if still > 0 else float("nan")
+
+    def summary(self) -> str:
+        """`end_point` in words."""
+        error, ratio = self.end_point()
+        return f"error {error:.2f} px, ratio {ratio:.2f}" if self.mask.any() else "no pixel in both views"
