@@ -257,8 +257,16 @@ def test_a_sample_that_breaks_stops_the_run_by_name_or_is_skipped(tmp_path: Path
     content = bytearray(data.read_bytes())
     content[chunk.byte_offset + 5] ^= 1
     data.write_bytes(content)
-    flags = ["pretrain", "--data", str(data), "--preset", "small-2d", *FLAGS, "--iterations", "3"]
+    # With seed 3 the second iteration is the first one that sees it.
+    flags = ["pretrain", "--data", str(data), "--preset", "small-2d", *FLAGS, "--iterations", "3", "--seed", "3"]
     refused(cli(*flags, "--run", str(tmp_path / "stopped")), "small.h5: sample 2 (subject-2) cannot be read")
+    # What was learned before is kept, and the run goes on without the sample.
+    stopped = library.Run(tmp_path / "stopped")
+    assert [line["iteration"] for line in lines(stopped)] == [1]
+    assert [p.name for p in stopped.checkpoints.paths()] == ["iteration-00000001.pt"]
+    go_on = cli("pretrain", "--resume", "--run", str(stopped.folder), "--on-bad-sample", "skip")
+    assert go_on.returncode == 0, go_on.stderr
+    assert [line["iteration"] for line in lines(stopped)] == [1, 2, 3]
     skipped = cli(*flags, "--run", str(tmp_path / "run"), "--on-bad-sample", "skip")
     assert skipped.returncode == 0, skipped.stderr
     assert skipped.stdout.count("skipped: ") == 1

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.profiler import record_function
 
+from coverfast.checks import InputError
 from coverfast.methods import Batch
 from coverfast.training.engine import Engine
 from coverfast.training.schedules import learning_rate
@@ -37,8 +38,14 @@ def train(engine: Engine, data: Iterable[Batch], telemetry: Telemetry, hooks: Ho
     batches, i = iter(data), 0
     while True:
         begun = time.perf_counter()
-        with record_function("data"):
-            batch = next(batches, None)
+        try:
+            with record_function("data"):
+                batch = next(batches, None)
+        except InputError:  # what has been learned so far is kept, by one process: others cannot be asked any more
+            if i and engine.world.size == 1:
+                telemetry.drain(engine.names)
+                hooks.save(i, True)
+            raise
         if batch is None:  # all are seen, or a signal has ended those who read
             signal = hooks.stop()
             if signal and i:
