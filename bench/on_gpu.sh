@@ -3,7 +3,7 @@
 # all, the slowest (torch.compile unrolls every tap) last; a stage takes less than ten minutes, results are written as
 # they come. What it leaves in FOLDER belongs under bench/results/<device>/.
 set -u
-stages=(check ops levels windows tune train compiled)
+stages=(check ops levels windows tune step choices-3d choices-2d train compiled)
 out=${1:?"usage: bash bench/on_gpu.sh FOLDER [STAGE ...], stages: ${stages[*]}"}
 shift
 [ $# -gt 0 ] || set -- "${stages[@]}"
@@ -20,10 +20,13 @@ measure() { # NAME OPERATOR OPTIONS
 }
 presets=(--preset paper-3d --preset paper-2d)
 eager=(--against "coverfast triton" --against "eager A" --against "eager B")
+steps=(--against coverfast --against "coverfast eager float32" --against "published A" --against "published B")
+steps+=(--against "published A, views ready")
+choices=(--against coverfast --against "coverfast contiguous" --against "coverfast graphs" --against "coverfast eager")
 for stage in "$@"; do
     case $stage in
     check)
-        step python3 -m pytest tests/kernels tests/test_loader.py -q -p no:cacheprovider > >(tee "$out/tests.txt") 2>&1
+        step python3 -m pytest tests/kernels tests/test_loader.py tests/test_engine.py tests/test_monitor.py -q -p no:cacheprovider > >(tee "$out/tests.txt") 2>&1
         step coverfast bench agree --save "$out/agreement.json"
         step coverfast bench static --target sm_90 --save "$out/static.json"
         ;;
@@ -54,6 +57,15 @@ for stage in "$@"; do
         step coverfast bench tune --save "$out/tune-mov.json"
         step coverfast bench tune --level 2 --save "$out/tune-mov-level-2.json"
         ;;
+    step)
+        for n in 3d 2d; do
+            measure "step-$n" step --preset "paper-$n" --profile "${steps[@]}"
+        done
+        ;;
+    choices-*)
+        n=${stage#choices-}
+        measure "step-choices-$n" step --preset "paper-$n" "${choices[@]}"
+        ;;
     train)
         shards=$(mktemp -d)
         step python3 -c "
@@ -63,7 +75,7 @@ build_phantoms('$shards/3d.h5', 3, (160, 160, 128), seed=1, indices=range(4))"
         for n in 2d 3d; do
             step coverfast pretrain --preset "paper-$n" --data "$shards/$n.h5" --iterations 300 --run "$shards/run-$n"
             cp "$shards/run-$n/metrics.jsonl" "$out/train-paper-$n.jsonl"
-            cp "$shards/run-$n/report.png" "$out/train-paper-$n.png" 2>/dev/null
+            cp -r "$shards/run-$n/report" "$out/train-paper-$n-report" 2>/dev/null
         done
         rm -r "$shards"
         step coverfast bench data --workers 8 --save "$out/data.json"

@@ -15,6 +15,7 @@ from coverfast.cli.options import ints
 if TYPE_CHECKING:
     from coverfast.bench.harness import Result
     from coverfast.bench.problems import Level
+    from coverfast.bench.step import Result as StepResult
 
 app = typer.Typer(help="Measure: time, memory and correctness against the usual formulations.", no_args_is_help=True)
 
@@ -355,6 +356,90 @@ def data(
             _table(f"{problem.spec}, {workers} processes", headings, shown)
     if save is not None:
         write_results(save, as_rows(rows), "cpu")
+
+
+@app.command()
+def step(
+    preset: Annotated[list[str], typer.Option(help="repeats; default the paper's on a GPU, the small on a CPU")] = [],  # noqa: B006
+    against: Annotated[
+        list[str], typer.Option(help='variants, repeats: "published A", "coverfast eager bfloat16"; see the module')
+    ] = [],  # noqa: B006
+    batch: Annotated[int | None, typer.Option(min=1, help="images a step; default the preset's")] = None,
+    crop: Annotated[Any, typer.Option(parser=ints, metavar="INTS", help="of the views; default the preset's")] = None,
+    device: Device = "auto",
+    repeats: Repeats = 5,
+    profile: Annotated[bool, typer.Option("--profile", help="also the time of a step's parts")] = False,
+    save: Save = None,
+) -> None:
+    """A training step as `pretrain` does it, in plain float32, and as published code does it (matching A or B).
+
+    Any of the words after `coverfast` change how ours is done: eager, compiled, graphs, float32, bfloat16, contiguous,
+    channels_last, recompute. Published code may have its views `ready`: "published A, views ready". The first variant
+    is what the others are compared with.
+    """
+    import torch
+
+    from coverfast.bench.provenance import provenance, write_results
+    from coverfast.bench.step import measure
+    from coverfast.bench.step_variants import DEFAULT, OURS, check_variant
+    from coverfast.cli.progress import working
+    from coverfast.geometry import level_size
+    from coverfast.training.assembly import crop_of
+    from coverfast.training.settings import preset_ndim, resolve
+
+    device = _device(device)
+    for name in against:
+        check_variant(name)
+    given = {name: value for name, value in {"batch": batch, "crop": crop}.items() if value is not None}
+    size = "paper" if device == "cuda" else "small"
+    settings = [resolve(name, given) for name in preset or (f"{size}-2d", f"{size}-3d")]
+    for s in settings:
+        level_size(crop_of(s, preset_ndim(s.preset)), len(s.groups))
+    results: list[StepResult] = []
+    with working("preparing") as tell:
+        for s in settings:
+            of: dict[str, Any] = {"profile": profile, "tell": tell}
+            results += measure(s, against or DEFAULT, torch.device(device), repeats, **of)
+            if save is not None:  # as they come: a long comparison may be cut off
+                write_results(save, [asdict(r) for r in results], device)
+    for s in settings:
+        _show_steps([r for r in results if r.preset == s.preset])
+    print(", ".join(f"{name} {value}" for name, value in provenance(device).items()))
+    if any(r.note for r in results if r.variant.startswith(OURS)):
+        raise typer.Exit(1)
+
+
+def _show_steps(results: Sequence[StepResult]) -> None:
+    first, rows, shares = results[0], [], []
+    for r in results:
+        error = f"{max(r.errors.values()):.1e}" if r.errors else "-"
+        how = " ".join([r.precision, r.layout, "compiled" if r.compiled else ""])
+        times = r.step_ms / first.step_ms if r.step_ms and first.step_ms else None
+        more = r.peak_mb / first.peak_mb if r.step_ms and r.peak_mb and first.step_ms and first.peak_mb else None
+        rows.append(
+            (
+                r.variant,
+                how.strip(),
+                error,
+                r.note if r.step_ms is None else _number(r.step_ms, 1),
+                _number(r.spread_ms, 1),
+                _number(r.images_per_s, 2),
+                _number(r.peak_mb, 0),
+                "-" if r.mfu is None else f"{r.mfu:.1%}",
+                _number(times, 2),
+                _number(more, 2),
+            )
+        )
+        if r.parts_ms:
+            total = sum(r.parts_ms.values())
+            shares.append((r.variant, f"{total:.1f}", *(f"{ms / total:.1%}" for ms in r.parts_ms.values())))
+    what = f"{first.preset}, batch {first.batch}, crop {' x '.join(map(str, first.crop))}"
+    headings = ("variant", "how", "error", "ms a step", "spread", "images/s", "peak MB", "MFU", "time x", "memory x")
+    _table(f"A training step: {what}", headings, rows, text=2)
+    for r in results:
+        if r.parts_ms:
+            _table("Its parts, without compilation", ("variant", "ms", *r.parts_ms), shares)
+            return
 
 
 # --- helpers -----------------------------------------------------------------------------------------------------

@@ -1,24 +1,20 @@
-"""What a training step will take, told before any memory is: floating point operations, bytes, and a device's rate."""
+"""Floating point operations of a training step, and how many a second a device can do."""
 
 from __future__ import annotations
 
 import copy
-import math
 import time
-import weakref
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from coverfast.checks import per_axis
 from coverfast.geometry import AffineDVF
-from coverfast.methods import Method
 from coverfast.methods.cover import Cover
 from coverfast.views import Views
 
@@ -28,15 +24,13 @@ _ROWS = {"cpu": 1024, "cuda": 8192}
 _TIMED = 0.2
 
 
-def step_flops(method: Method, batch: int) -> float:
+def step_flops(method: Cover, batch: int) -> float:
     """Floating point operations of a training step on `batch` images: three times the forward's convolutions.
 
-    Counted on tensors without values: no memory, no random numbers, weights untouched. NaN for a method other than
-    COVER, whose network's input is not known, and for one that is sharded, which cannot be copied: ask before.
+    Counted on tensors without values: no memory, no random numbers, weights untouched. Not of a method that is sharded,
+    which cannot be copied.
     """
     network = _without_values(method)
-    if network is None:
-        return math.nan
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         features = network.backbone(_views_without_values(network, batch).pair)
         for project, level in zip(network.pyramid.projections, features, strict=True):
@@ -44,23 +38,7 @@ def step_flops(method: Method, batch: int) -> float:
     return 3.0 * counter.get_total_flops()
 
 
-def step_bytes(method: Method, batch: int) -> float:
-    """Bytes that forward and backward of `batch` images hold at their peak in float32, uncompiled.
-
-    Activations, gradients, and whatever lives for a moment, but what is inside an operator; neither the weights nor the
-    moments of the optimiser. With these, a tenth below what steps take on a CPU at most, at the sizes of the presets.
-    Else as `step_flops`.
-    """
-    network = _without_values(method)
-    if network is None:
-        return math.nan
-    network.impl = network.pyramid.impl = "torch"  # Triton takes no tensor without values
-    views = _views_without_values(network, batch)
-    with _Living() as living:
-        network(views).loss.backward()
-    return float(living.peak)
-
-
+@cache
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that products of large matrices reach on the device, measured in about 0.2 s: what MFU is relative to.
 
@@ -95,10 +73,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _without_values(method: Method) -> Any:
-    """A copy that takes no memory; None where that is not known or cannot be."""
-    if not isinstance(method, Cover) or any(hasattr(p, "full_tensor") for p in method.parameters()):
-        return None
+def _without_values(method: Cover) -> Any:
+    """A copy that takes no memory."""
     blank: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in method.parameters()}
     blank |= {id(b): torch.empty_like(b, device="meta") for b in method.buffers()}
     return copy.deepcopy(method, blank)
@@ -109,30 +85,6 @@ def _views_without_values(method: Any, batch: int) -> Views:
     size = per_axis("crop", method.crop, ndim)
     numbers = torch.empty(batch, ndim, ndim + 3, device="meta")
     return Views(torch.empty(2 * batch, channels, *size, device="meta"), AffineDVF.of(numbers, size), "inside")
-
-
-class _Living(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make, as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, Tensor)):
-            key, size = storage._cdata, storage.nbytes()
-            if key not in self._known:
-                self._known.add(key)
-                weakref.finalize(storage, self._gone, key, size)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-        return out
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, count: int) -> float:
