@@ -3,6 +3,10 @@
 import os
 from collections.abc import Iterator
 
+# Another process interprets the kernels meanwhile (below): threads of the same small operators would wait for one
+# another on the cores that are left. Read when torch is imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings

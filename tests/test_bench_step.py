@@ -151,7 +151,7 @@ def test_figures_and_parts_of_a_step(no_processes):
         share = {name: ms / sum(r.parts_ms.values()) for name, ms in r.parts_ms.items()}
         assert list(share) == [*parts.PARTS, parts.OTHER]
         assert share[parts.OTHER] < 0.1, share
-        assert all(share[name] > 0.005 for name in ("views", "backbone", "pyramid", "losses", "optimiser")), share
+        assert all(share[name] > 0 for name in ("views", "backbone", "pyramid", "losses", "optimiser")), share
         assert (share["data"] > 0) == (r.variant == "coverfast")  # the baseline scales its images with its views
 
 
