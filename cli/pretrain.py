@@ -35,7 +35,7 @@ def pretrain(
     from coverfast.training import plan as library
     from coverfast.training.world import processes
 
-    with processes(float(flags.get("timeout", Settings.timeout))) as world:
+    with processes(float(flags.get("timeout", Settings.timeout)), flags.get("device", "auto")) as world:
         if resume:
             require(config is None, "config cannot be given with --resume: the run has its own")
             ready = library.resume(flags, world)

@@ -66,7 +66,7 @@ def training_progress(first: int, iterations: int) -> Iterator[Shown]:
         for record in records:
             skipped += int(record.get("skipped", 0))
             for name, value in record.items():
-                if math.isnan(value):  # no pixel in both views: no ratio
+                if not math.isfinite(value):  # no pixel in both views: no ratio; or a step that was skipped
                     continue
                 # Held-out figures come seldom and on the same views: the last is shown as it is.
                 old = value if name.startswith("val_") else mean.get(name, value)

@@ -173,8 +173,29 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(shard: Pa
         resume(run, iterations=7)
 
 
+def test_a_checkpoint_just_written_outlives_damaged_later_ones(shard: Path, tmp_path: Path) -> None:
+    run = start(shard, tmp_path / "run", iterations=6, checkpoint_every=2, keep_checkpoints=2)
+    for path in run.checkpoints.paths()[1:]:
+        path.write_bytes(b"none")
+    (run.checkpoints.folder / "iteration-9-of-mine.pt").write_bytes(b"a stranger")
+    (run.checkpoints.folder / ".iteration-00000005.pt.1.partial").write_bytes(b"what a kill left")
+    run.backbone.unlink()
+    resume(run, iterations=5, keep_checkpoints=1).start()
+    left = sorted(p.name for p in run.checkpoints.folder.iterdir())
+    assert left == ["iteration-00000005.pt", "iteration-00000006.pt.damaged", "iteration-9-of-mine.pt"]
+    assert run.checkpoints.newest(CPU) is not None
+
+
+def test_one_process_trains_a_run(shard: Path, tmp_path: Path) -> None:
+    run = start(shard, tmp_path / "run", iterations=2)
+    with run.locked(), pytest.raises(InputError, match="run must be trained by one process, but another one trains"):
+        resume(run, iterations=4).start()
+    assert [line["iteration"] for line in lines(run)] == [1, 2]
+    assert len(lines(resume(run, iterations=4).start())) == 4
+
+
 def test_old_checkpoints_go_but_for_every_mth(shard: Path, tmp_path: Path) -> None:
-    flags = {"iterations": 7, "checkpoint_every": 1, "keep_checkpoints": 2, "keep_every": 3}
+    flags = {"iterations": 7, "checkpoint_every": 2, "keep_checkpoints": 2, "keep_every": 3}
     run = start(shard, tmp_path / "run", **flags)
     assert [int(p.stem[-8:]) for p in run.checkpoints.paths()] == [3, 6, 7]
 
@@ -217,9 +238,10 @@ def _fill(folder: Path) -> Path:
     return filler
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
 def test_training_goes_on_over_a_full_disk_and_catches_up(shard: Path, small_disk: Path, tmp_path: Path) -> None:
     whole = start(shard, tmp_path / "whole", iterations=14)
-    flags = {"iterations": 14, "checkpoint_every": 4, "keep_checkpoints": 1}
+    flags = {"iterations": 14, "checkpoint_every": 4, "keep_checkpoints": 1, "tensorboard": True}
     run, notes = ready(shard, small_disk / "run", **flags), list[str]()
     without_pictures(run).on_note = notes.append
     filler = small_disk / "filler"

@@ -308,6 +308,12 @@ def test_bad_settings_are_refused_before_anything_is_written(shard: Path, tmp_pa
         "val": (str(tmp_path / "gone.h5"), "gone.h5"),
         "init": (str(tmp_path / "no.safetensors"), "no.safetensors"),
         "iterations": ("ten", "iterations must be an int"),
+        "warmup": (500, "warmup must be below the 300 iterations of the schedule"),
+        "layout": ("nhwc", "layout must be"),
+        "ema": (1.0, "ema must be below 1"),
+        "cuda_graphs": (True, "cuda_graphs need compile"),
+        "accumulate": (4, r"divisible by 4 .* got 2"),
+        "optimizer": ("sgd", "optimizer must be"),
     }
     for name, (value, message) in cases.items():
         with pytest.raises(InputError, match=message):

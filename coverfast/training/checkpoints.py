@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from coverfast.checks import InputError, require
 from coverfast.disk import explained, write_atomically
 
+_NAME = re.compile(r"iteration-\d+\.pt")
 _FORMAT, _VERSION = "coverfast-checkpoint", 2
 # A zip archive, which torch.save writes, may end in a comment, whose length stands before it. Ours holds the SHA-256
 # of all that comes before the comment: one file, renamed once, that torch.load reads as it is.
@@ -34,7 +37,14 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Oldest first."""
-        return sorted(self.folder.glob("iteration-*.pt"))
+        return sorted((p for p in self.folder.glob("iteration-*.pt") if _NAME.fullmatch(p.name)), key=_iteration)
+
+    def set_aside(self, last: int) -> None:
+        """Rename what came after iteration `last`: damaged checkpoints, which a resumed run writes anew."""
+        for path in self.paths():
+            if _iteration(path) > last:
+                with explained(path):
+                    path.replace(path.with_name(f"{path.name}.damaged"))
 
     def save(self, iteration: int, state: Mapping[str, Any], *, keep: int, keep_every: int = 0) -> Path:
         """Write a checkpoint whole, then drop all but the newest `keep` and those of every `keep_every` iterations.
@@ -54,9 +64,10 @@ class Checkpoints:
         with explained(self.folder):
             self.folder.mkdir(exist_ok=True)
         write_atomically(path, memory.getbuffer())
-        for old in self.paths()[:-keep]:
+        for old in [p for p in self.paths() if _iteration(p) <= iteration][:-keep]:
             if not (keep_every and _iteration(old) % keep_every == 0):
-                old.unlink(missing_ok=True)
+                with suppress(OSError):  # one too many is no reason to stop
+                    old.unlink()
         return path
 
     def newest(self, device: torch.device) -> tuple[Path, dict[str, Any], list[str]] | None:

@@ -220,3 +220,8 @@ class Engine:
             else:
                 load_state(module, state[name], source)
         set_optimizer_state_dict(self.method, self.optimizer, state["optimizer"], options=options)
+        # Fused optimisers walk through memory: moments must lie as the weights do, in whatever layout these now are.
+        for weight, found in self.optimizer.state.items():
+            for name, moment in found.items():
+                if moment.shape == weight.shape and moment.ndim:
+                    found[name] = torch.empty_like(weight).copy_(moment)

@@ -40,7 +40,9 @@ class Saver:
     def due(self, iteration: int) -> bool:
         """Whether a checkpoint belongs after this iteration, by the settings or since the last one failed."""
         again = self._retry is not None and iteration >= self._retry
-        return again or iteration % self.settings.checkpoint_every == 0
+        s = self.settings
+        kept = s.keep_every and iteration % s.keep_every == 0
+        return bool(again or kept or iteration % s.checkpoint_every == 0)
 
     def __call__(self, iteration: int, last: bool) -> None:
         """Save the state after an iteration.
@@ -81,8 +83,8 @@ class SkipGuard:
         self.folder, self.limit, self.world, self.stream, self.on_note = folder, limit, world, stream, on_note
         self._recent: deque[int] = deque()
 
-    def check(self, records: Sequence[Mapping[str, float]], sound: str) -> None:
-        """Look at delivered records; `sound` says where the run can be taken up.
+    def check(self, records: Sequence[Mapping[str, float]], checkpoints: Checkpoints) -> None:
+        """Look at delivered records; `checkpoints` are where the run can be taken up.
 
         Raises:
             InputError: in all processes, when more than `limit` of 100 iterations were skipped.
@@ -99,7 +101,7 @@ class SkipGuard:
             if len(self._recent) > self.limit:
                 raise InputError(
                     f"loss and gradient must be finite, but {len(self._recent)} steps among the last {_AMONG} were "
-                    f"skipped, the last at iteration {iteration} (see --skip-limit); {sound}"
+                    f"skipped, the last at iteration {iteration} (see --skip-limit); {newest(checkpoints)}"
                 )
 
     def _keep(self, iteration: int, record: Mapping[str, float]) -> str:

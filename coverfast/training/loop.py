@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,8 @@ def train(engine: Engine, data: Iterable[Batch], telemetry: Telemetry, hooks: Ho
         except InputError:  # what has been learned so far is kept, by one process: others cannot be asked any more
             if i and engine.world.size == 1:
                 telemetry.drain(engine.names)
-                hooks.save(i, True)
+                with suppress(InputError):  # the first failure is the one to tell
+                    hooks.save(i, True)
             raise
         if batch is None:  # all are seen, or a signal has ended those who read
             signal = hooks.stop()

@@ -22,7 +22,7 @@ from coverfast.training.data import check_fits, overlaps
 from coverfast.training.engine import Engine
 from coverfast.training.pretrain import Pretraining
 from coverfast.training.runs import Run, check_new_folder, provenance
-from coverfast.training.settings import Settings, check_values, preset_ndim, resolve
+from coverfast.training.settings import Settings, preset_ndim, resolve
 from coverfast.training.world import World
 from coverfast.view_draws import expected_mask
 
@@ -66,8 +66,7 @@ def resume(flags: Mapping[str, Any], world: World | None = None) -> Pretraining:
     world = world or World()
     run, old, tables = Run.open(str(flags.get("run", "")))
     origin = tables["provenance"]
-    settings = check_resume(old, flags)
-    settings = replace(settings, **check_values({k: v for k, v in _absolute(flags).items() if k != "init"}))
+    settings = check_resume(old, {**flags, **_absolute(flags)})
     try:
         shards = ShardSet(settings.data, settings.split)
     except InputError as error:

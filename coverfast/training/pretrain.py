@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from coverfast.training.assembly import build_method
 from coverfast.training.config import as_plain
 from coverfast.training.data import batches, held_out
 from coverfast.training.engine import Engine
-from coverfast.training.guards import Saver, SkipGuard, newest
+from coverfast.training.guards import Saver, SkipGuard
 from coverfast.training.loop import Hooks, train
 from coverfast.training.rehearsal import Rehearsal, forecast, rehearse
 from coverfast.training.runs import Run, provenance
@@ -69,18 +69,19 @@ class Pretraining:
         A signal that asks to stop (SIGINT, SIGTERM) leaves a checkpoint and raises what it means to Python.
         """
         s = self.settings
-        with StopSignals() as signals, _determinism(s), _explained(s, self.engine.device):
+        with ExitStack() as stack, _determinism(s), _explained(s, self.engine.device):
             rehearsed = self._rehearse() if self.first <= s.iterations else None
-            run = self._open()
+            run = self._open(stack)
             if rehearsed:
-                stopped = self._train(run, signals, rehearsed, on_step)
+                with StopSignals() as signals:
+                    stopped = self._train(run, signals, rehearsed, on_step)
                 if stopped:
-                    self._note(f"stopped after the checkpoint {run.checkpoints.paths()[-1]}, as signal {stopped} asked")
+                    self._note(f"signal {stopped}: stopped after a checkpoint")
                     end_by(stopped)
-        if self.bad:
-            self.notes.append(f"{len(self.bad)} sample(s) could not be read and were skipped, named above")
-        self._save_backbone()
-        self._draw(s.iterations)
+            if self.bad:
+                self.notes.append(f"{len(self.bad)} sample(s) could not be read and were skipped, named above")
+            self._save_backbone()
+            self._draw(s.iterations)
         return run
 
     def _rehearse(self) -> Rehearsal:
@@ -93,17 +94,20 @@ class Pretraining:
             self._note(note)
         return found
 
-    def _open(self) -> Run:
+    def _open(self, stack: ExitStack) -> Run:
+        """The run folder, made or taken up, and this process's alone until the stack is left."""
         s, e = self.settings, self.engine
         facts = {"device": str(e.device), "processes": self.world.size}
         facts |= {"precision": e.choices.precision, "layout": e.choices.layout}
         if self.world.writes:
+            now = provenance(self.shards.content_hash) | facts
             if self.run is None:
-                self.run = Run.create(s, provenance(self.shards.content_hash) | facts)
+                self.run = Run.create(s, now)
+                stack.enter_context(self.run.locked())
             else:
-                now = provenance(self.shards.content_hash) | facts
+                stack.enter_context(self.run.locked())
+                self.run.clean(self.first - 1)
                 self.run.write_config(s, {"provenance": self.origin, "resumed": now})
-            self.run.cut_metrics(self.first - 1)
         self.run = Run(Path(self.world.same(str(self.run.folder) if self.run else "")))
         return self.run
 
@@ -116,6 +120,9 @@ class Pretraining:
             run.folder / "skipped", s.skip_limit, world, self._stream(self.shards, s.seed, World()), self._note
         )
         board = self._tensorboard(run)
+        stack = ExitStack()
+        if board:
+            stack.callback(board.close)
         unwritten: list[Record] = []
 
         def deliver(records: list[Record]) -> None:
@@ -124,7 +131,7 @@ class Pretraining:
                 if board:
                     board.write(records)
                 on_step(records)
-            guard.check(records, newest(run.checkpoints))
+            guard.check(records, run.checkpoints)
 
         work = Work(s.batch, found.flops, found.rate)
         telemetry = Telemetry(self.method, world, work, every=s.log_every, deliver=deliver)
@@ -137,13 +144,10 @@ class Pretraining:
             draw=self._draw,
             stop=lambda: vote(signals.received),
         )
-        try:
+        with stack:
             data = _until_stopped(batches(loaded, s.seed, self._skipped), signals, world)
             stopped = train(e, data, telemetry, hooks)
             vote.close()
-        finally:
-            if board:
-                board.close()
         if unwritten:
             self._note(f"warning: {len(unwritten)} lines of {run.metrics} could not be written")
         return stopped
@@ -166,7 +170,7 @@ class Pretraining:
 
     def _tensorboard(self, run: Run) -> TensorBoard | None:
         wanted = self.settings.tensorboard and self.world.writes and TensorBoard.installed()
-        return TensorBoard(run.folder / "tensorboard", self.first) if wanted else None
+        return TensorBoard(run.folder / "tensorboard", self.first, self._note) if wanted else None
 
     # --- data ---
 

@@ -40,7 +40,7 @@ def rehearse(engine: Engine, batch: Batch, whole: Cover) -> Rehearsal:
     seconds = math.inf
     for attempt in range(2):
         before = time.perf_counter()
-        engine.step(batch, update=False)
+        engine.step(batch, update=False, watch=world.writes and not attempt)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         took = time.perf_counter() - before
@@ -48,7 +48,8 @@ def rehearse(engine: Engine, batch: Batch, whole: Cover) -> Rehearsal:
         if world.same(took > _LONG and not (attempt or engine.settings.compile)):
             break
     engine.optimizer.zero_grad(set_to_none=True)
-    moments = 8 * sum(p.numel() for p in engine.method.parameters())
+    held = (getattr(p, "_local_tensor", p) for p in engine.method.parameters())
+    moments = 8 * sum(p.numel() for p in held)
     dtype = torch.bfloat16 if engine.choices.precision == "bfloat16" else torch.float32
     flops = step_flops(whole, engine.settings.batch)
     return Rehearsal(seconds, peak_memory(device) + moments, flops, matrix_rate(device, dtype) * world.size)
@@ -67,7 +68,7 @@ def forecast(found: Rehearsal, engine: Engine, first: int, folder: Path) -> list
     there = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(there).free
     notes = [
-        f"a step takes about {duration(found.seconds)}, {found.flops / 1e9:,.0f} GFLOP and {byte_count(found.memory)} "
+        f"a step takes about {duration(found.seconds)}, {found.flops / 1e9:,.3g} GFLOP and {byte_count(found.memory)} "
         f"of memory; {left:,} of them about {duration(left * found.seconds)}",
         f"checkpoints of {byte_count(one)}, {kept} of them; {byte_count(need)} of disk in all, {byte_count(free)} free",
     ]

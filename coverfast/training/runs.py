@@ -8,7 +8,8 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from coverfast.checks import InputError, require
 from coverfast.disk import explained, write_atomically
@@ -82,6 +88,29 @@ class Run:
         require(run.config.is_file(), f"run must be a folder with config.toml, but {run.config} does not exist")
         values, tables = read_toml(run.config)
         return run, resolve(str(values.get("preset", "")), values), tables
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While entered, no other process on this machine can train the run."""
+        if fcntl is None:
+            yield
+            return
+        with explained(self.folder):
+            file = (self.folder / ".lock").open("a")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"run must be trained by one process, but another one trains {self.folder}") from None
+            yield
+
+    def clean(self, last: int) -> None:
+        """Drop what a resumed run after iteration `last` writes anew, and what a kill left half-written."""
+        self.checkpoints.set_aside(last)
+        for folder in (self.folder, self.checkpoints.folder, self.report):
+            for left in folder.glob(".*.partial"):
+                left.unlink(missing_ok=True)
+        self.cut_metrics(last)
 
     # --- metrics ---
 

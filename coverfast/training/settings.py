@@ -175,6 +175,19 @@ def checked(settings: Settings) -> Settings:
         check_choice(name, getattr(settings, name), choices)
     require(settings.ema < 1, f"ema must be below 1, got {settings.ema}")
     require(settings.compile or not settings.cuda_graphs, "cuda_graphs need compile, got --no-compile")
+    require(
+        settings.accumulate == 1 or not settings.cuda_graphs,
+        f"cuda_graphs replay whole batches, got accumulate {settings.accumulate}",
+    )
+    length = settings.schedule_iterations or settings.iterations
+    require(
+        settings.warmup < length, f"warmup must be below the {length} iterations of the schedule, got {settings.warmup}"
+    )
+    require(
+        settings.schedule != "cosine" or settings.iterations <= length,
+        f"iterations must be at most {length}, where the cosine schedule ends at a learning rate of 0, got "
+        f"{settings.iterations}; start another run with --init to go on",
+    )
     return settings
 
 

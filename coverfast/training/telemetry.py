@@ -6,7 +6,8 @@ import math
 import resource
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,11 +160,14 @@ def peak_memory(device: torch.device) -> float:
 class TensorBoard:
     """Events of the same figures, where the package tensorboard is installed."""
 
-    def __init__(self, folder: Path, first: int) -> None:
+    def __init__(self, folder: Path, first: int, on_note: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a killed run wrote after its last checkpoint is hidden.
-        self._writer = SummaryWriter(str(folder), purge_step=first)  # type: ignore[no-untyped-call]
+        self.on_note = on_note
+        self._writer: Any = None
+        with self._told():
+            # What a killed run wrote after its last checkpoint is hidden.
+            self._writer = SummaryWriter(str(folder), purge_step=first)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def installed() -> bool:
@@ -178,10 +182,22 @@ class TensorBoard:
         """One scalar a name; those without a value are left out."""
         for record in records:
             for name, value in record.items():
-                if name != "iteration" and math.isfinite(value):
+                if self._writer and name != "iteration" and math.isfinite(value):
                     group = "held out" if name.startswith("val_") else "training"
-                    self._writer.add_scalar(f"{group}/{name}", value, int(record["iteration"]))  # type: ignore[no-untyped-call]
+                    with self._told():
+                        self._writer.add_scalar(f"{group}/{name}", value, int(record["iteration"]))
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        if self._writer:
+            with self._told():
+                self._writer.close()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """A full disk ends the events, not the training: metrics.jsonl has all of it."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            self.on_note(f"warning: TensorBoard gets no more events: {error.strerror or error}")

@@ -85,11 +85,11 @@ class StopVote:
 
 
 @contextmanager
-def processes(timeout: float = 600.0) -> Iterator[World]:
+def processes(timeout: float = 600.0, device: str = "auto") -> Iterator[World]:
     """The world of a run: what torchrun (or `RANK`, `WORLD_SIZE`, `MASTER_ADDR` ...) says, otherwise this process.
 
     A refusal or failure of one process ends all of them within seconds; only the first one is told. A process that does
-    not answer for `timeout` seconds is one that failed.
+    not answer for `timeout` seconds is one that failed. device: "cpu" leaves the GPUs alone.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -98,8 +98,10 @@ def processes(timeout: float = 600.0) -> Iterator[World]:
     import torch
     import torch.distributed as dist
 
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    require(not missing, f"a run of WORLD_SIZE={size} processes needs {', '.join(missing)} as well; torchrun sets them")
     world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.is_available() and device != "cpu"
     if gpu:
         require(
             world.local_rank < torch.cuda.device_count(),
