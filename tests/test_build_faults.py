@@ -66,7 +66,10 @@ def shards(folder):
 
 
 def pieces(out):
-    return sorted(out.with_name(f"{out.name}.partial").glob("??/*.h5"))
+    try:
+        return sorted(out.with_name(f"{out.name}.partial").glob("??/*.h5"))
+    except FileNotFoundError:  # the build came to its end and removed them meanwhile
+        return []
 
 
 # ---- kills

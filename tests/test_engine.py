@@ -264,11 +264,10 @@ def test_inductor_trains_as_eager_does() -> None:
 
 def test_auto_chooses_by_device() -> None:
     cpu, gpu = CPU, torch.device("cuda")
-    assert Choices.of(settings(), cpu, 2) == Choices("float32", "contiguous")
-    assert Choices.of(settings(3), cpu, 3) == Choices("float32", "channels_last")
-    assert Choices.of(settings(precision="float32", compile=True), gpu, 3) == Choices("float32", "channels_last")
-    assert Choices.of(settings(precision="float32"), gpu, 3) == Choices("float32", "contiguous")
-    assert Choices.of(settings(precision="bfloat16", layout="contiguous"), cpu, 3) == Choices("bfloat16", "contiguous")
+    assert Choices.of(settings(), cpu) == Choices("float32", "channels_last")
+    assert Choices.of(settings(precision="float32", compile=True), gpu) == Choices("float32", "channels_last")
+    assert Choices.of(settings(precision="float32"), gpu) == Choices("float32", "contiguous")
+    assert Choices.of(settings(precision="bfloat16", layout="contiguous"), cpu) == Choices("bfloat16", "contiguous")
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
@@ -276,7 +275,7 @@ def test_half_precision_and_layout_change_rounding_alone(ndim: int) -> None:
     e = engine(ndim)
     views = e.method.prepare(batch(ndim))
     exact = e.method.match(views)
-    for given_, tolerance in (({"layout": "channels_last"}, 1e-5), ({"precision": "bfloat16"}, 5e-2)):
+    for given_, tolerance in (({"layout": "contiguous"}, 1e-5), ({"precision": "bfloat16"}, 5e-2)):
         other = engine(ndim, **given_)
         with other.autocast():
             found = other.method.match(other.method.prepare(batch(ndim)))

@@ -37,13 +37,13 @@ class Choices:
     layout: str
 
     @classmethod
-    def of(cls, s: Settings, device: torch.device, ndim: int) -> Choices:
-        """bfloat16 on a GPU that has it. Channels-last if compiled on a GPU (norms alone copy), and in 3D on a CPU."""
+    def of(cls, s: Settings, device: torch.device) -> Choices:
+        """bfloat16 on a GPU that has it. Channels-last on a CPU, and compiled on a GPU (norms alone copy)."""
         gpu = device.type == "cuda"
         precision = s.precision
         if precision == "auto":
             precision = "bfloat16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-        last = s.compile if gpu else ndim == 3
+        last = s.compile or not gpu
         layout = ("channels_last" if last else "contiguous") if s.layout == "auto" else s.layout
         return cls(precision, layout)
 
@@ -61,7 +61,7 @@ class Engine:
         self.settings, self.device, self.world = s, device, world or World()
         backbone = getattr(method, "backbone", None)
         ndim = getattr(backbone, "ndim", 2)
-        self.choices = Choices.of(s, device, ndim)
+        self.choices = Choices.of(s, device)
         self.method = method.to(device)
         if self.choices.layout == "channels_last":
             self.method.to(memory_format=_CHANNELS_LAST[ndim])  # type: ignore[call-overload]

@@ -186,6 +186,13 @@ CALM = ViewSettings(strength=0.3)
 METHODS = {"2D": (2, (9, 14), (4, 8), 1), "3D": (3, (3, 4, 6), (2, 2, 4), 1)}
 
 
+def means(cover, batch):
+    """The loss, and means over the pixels that count."""
+    out = cover(cover.prepare(batch))
+    count = out.sums["count"].clamp(min=1)
+    return {"loss": out.loss} | {name: value / count for name, value in out.sums.items()}
+
+
 def assert_same_figures(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     for name, value in theirs.items():
         assert value.isfinite(), name
@@ -202,7 +209,7 @@ def test_losses_and_gradients_of_the_method_equal_torch(name, device, launches, 
     for impl in ("triton", "torch"):
         cover = method(ndim, crop, device, impl, settings=CALM)
         with override(deterministic=0):
-            out = cover(batch(*size, count=count, device=device))
+            out = means(cover, batch(*size, count=count, device=device))
             out["loss"].backward()
         found.append((out, [p.grad for p in cover.parameters()]))
     assert len(launches) == 4 + 32 + 2 * 2
@@ -227,9 +234,8 @@ def test_losses_and_gradients_of_the_method_equal_torch(name, device, launches, 
 @torch.no_grad()
 def test_elastic_targets_and_padded_crops(size, options, field, mask, device, launches, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    found = [
-        method(2, (4, 8), device, impl, **options)(batch(*size, count=1, device=device)) for impl in ("triton", "torch")
-    ]
+    seen = batch(*size, count=1, device=device)
+    found = [means(method(2, (4, 8), device, impl, **options), seen) for impl in ("triton", "torch")]
     losses = launches[-2:]
     assert [launch.kernel.__name__ for launch in losses] == [
         "field_errors_forward_kernel",
@@ -287,7 +293,7 @@ def step(cover: Cover, of: Batch) -> list[Tensor]:
     """Figures and gradients of a step."""
     cover.zero_grad()
     with torch.autocast("cuda", torch.bfloat16):
-        out = cover(of)
+        out = means(cover, of)
     out["loss"].backward()
     return [*(x.detach() for x in out.values()), *(p.grad for p in cover.parameters())]
 
@@ -331,7 +337,7 @@ def test_the_method_on_the_gpu_is_that_on_the_cpu(ndim, size, crop, device, monk
     found = []
     for where in (device, "cpu"):
         cover = method(ndim, crop, where, "auto", settings=CALM)
-        out = cover(batch(*size, count=2, device=where))
+        out = means(cover, batch(*size, count=2, device=where))
         out["loss"].backward()
         found.append((out, torch.cat([p.grad.flatten().cpu() for p in cover.parameters()])))
     (ours, slopes), (theirs, others) = found
