@@ -38,7 +38,7 @@ class Choices:
 
     @classmethod
     def of(cls, s: Settings, device: torch.device, *, sharded: bool = False) -> Choices:
-        """bfloat16 on a GPU that has it. Channels-last on a CPU and compiled on a GPU (norms alone copy), not sharded."""
+        """bfloat16 on a GPU that has it. Channels-last on a CPU and compiled on a GPU (norms alone copy), unsharded."""
         gpu = device.type == "cuda"
         precision = s.precision
         if precision == "auto":
