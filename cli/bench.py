@@ -467,7 +467,9 @@ def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], t
         table.add_column(heading, justify="left" if index < text else "right", no_wrap=index < 1)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    # A file or a pipe has no width: what goes there is not cut to that of a terminal of old.
+    (console if console.is_terminal else Console(width=160)).print(table)
 
 
 def _number(value: float | None, digits: int | None = None) -> str:
