@@ -74,7 +74,7 @@ def _is_as_undisturbed(run: Run, undisturbed: Run) -> None:
     assert same(weights(run), weights(undisturbed))
     assert [line["iteration"] for line in lines(run)] == list(range(1, _ITERATIONS + 1))
     assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(undisturbed)]
-    assert not [p for p in run.folder.rglob("*") if "partial" in p.name and p.stat().st_mtime > time.time()]
+    assert not [p for p in run.folder.rglob("*") if "partial" in p.name]  # the last resume cleaned up after the kills
 
 
 def test_killed_thrice_at_random_moments(shard: Path, undisturbed: Run, tmp_path: Path) -> None:

@@ -97,8 +97,9 @@ def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as error:
         raise Damaged(f"{path} must be a checkpoint, but it cannot be read: {error.strerror or error}") from None
-    body, comment = content[:-_COMMENT], content[-_COMMENT:]
-    sound = body[-_END_SIZE:].startswith(_END) and comment == _LABEL + hashlib.sha256(body).hexdigest().encode()
+    body, comment = memoryview(content)[:-_COMMENT], content[-_COMMENT:]  # no second copy of gigabytes
+    ends = bytes(body[-_END_SIZE:]).startswith(_END)
+    sound = ends and comment == _LABEL + hashlib.sha256(body).hexdigest().encode()
     if not sound:
         raise Damaged(f"{path} must be a checkpoint, but its checksum is missing or wrong: it is damaged")
     try:
