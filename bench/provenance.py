@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -27,15 +28,27 @@ def provenance(device: str | None = None) -> dict[str, Any]:
         facts |= {"device": properties.name, "processors": properties.multi_processor_count}
         facts |= {"cuda": torch.version.cuda, "driver": _output(query) or "unknown"}
     elif device == "cpu":
-        facts |= {"device": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+        facts |= {"device": f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"}
+        facts |= {"threads": torch.get_num_threads()}
     return facts
 
 
-def write_results(path: Path, rows: Sequence[Any], device: str | None = None) -> None:
-    """Rows and their provenance as JSON."""
+def folder_of(facts: dict[str, Any]) -> str:
+    """The name of the folder for what was measured on that device: "nvidia-h200", "cpu-x86-64-2-threads"."""
+    if "threads" in facts:
+        return f"{_slug(facts['device'].rpartition(' ')[0])}-{facts['threads']}-threads"
+    return _slug(facts["device"])
+
+
+def _slug(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write_results(path: Path, bench: str, rows: Sequence[Any], device: str | None = None, **more: Any) -> None:
+    """Which benchmark, where and with what, and the rows that it gave, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"provenance": provenance(device), "rows": rows}, indent=1) + "\n"
-    write_atomically(path, text)
+    found = {"bench": bench, "provenance": provenance(device), **more, "rows": rows}
+    write_atomically(path, json.dumps(found, indent=1) + "\n")
 
 
 def _commit() -> str:

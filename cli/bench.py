@@ -83,7 +83,7 @@ def _compare(
     for case in track(cases, "measuring", console=console, transient=True):
         results += measure(case, device, getattr(torch, dtype), repeats, against)
         if save is not None:  # as they come: a long comparison may be cut off
-            write_results(save, [asdict(r) for r in results], device)
+            write_results(save, op, [asdict(r) for r in results], device)
     _show(f"{op}, {layout}", results, device)
 
 
@@ -189,7 +189,7 @@ def agree(save: Save = None) -> None:
     title = "Decimal digits that impl='triton' and impl='torch' have in common"
     _table(title, ("op", "case", "layout", "of", *_DTYPES), cells, text=4)
     if save is not None:
-        write_results(save, [asdict(r) for r in rows], device)
+        write_results(save, "agree", [asdict(r) for r in rows], device)
 
 
 @app.command()
@@ -225,7 +225,7 @@ def tune(
     for case, numbers in track(jobs, "timing", transient=True):
         rows.append(sweep(case, getattr(torch, dtype), numbers, repeats))
         if save is not None:
-            write_results(save, rows, "cuda")
+            write_results(save, "tune", rows, "cuda")
     lines = []
     for case in cases:
         timed = [r for r in rows if r["case"] == case.name and not r["note"]]
@@ -276,7 +276,7 @@ def static(
         highlight=False,
     )
     if save is not None:
-        write_results(save, [asdict(row) for row in rows])
+        write_results(save, "static", [asdict(row) for row in rows])
 
 
 @app.command()
@@ -309,7 +309,7 @@ def launches(
     title = f"Launches, {device}" + (f", {limit} px" if limit else "")
     _table(title, ("preset", "stage", *impls), [tuple(map(str, row.values())) for row in rows], text=2)
     if save is not None:
-        write_results(save, rows, device)
+        write_results(save, "launches", rows, device)
 
 
 @app.command()
@@ -355,7 +355,7 @@ def data(
         if shown:
             _table(f"{problem.spec}, {workers} processes", headings, shown)
     if save is not None:
-        write_results(save, as_rows(rows), "cpu")
+        write_results(save, "data", as_rows(rows), "cpu")
 
 
 @app.command()
@@ -401,7 +401,7 @@ def step(
             of: dict[str, Any] = {"profile": profile, "tell": tell}
             results += measure(s, against or DEFAULT, torch.device(device), repeats, **of)
             if save is not None:  # as they come: a long comparison may be cut off
-                write_results(save, [asdict(r) for r in results], device)
+                write_results(save, "step", [asdict(r) for r in results], device)
     for s in settings:
         _show_steps([r for r in results if r.preset == s.preset])
     print(", ".join(f"{name} {value}" for name, value in provenance(device).items()))
