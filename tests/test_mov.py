@@ -114,21 +114,31 @@ def test_the_layout_changes_nothing(layout, dtype, size):
         assert_near(a, b, atol=4 * torch.finfo(a.dtype).eps, rtol=4 * torch.finfo(a.dtype).eps)
 
 
-@given(mov_cases(), st.sampled_from((1, 3, 20, 100, 700)))
-def test_the_block_size_changes_nothing(case, scores):
+@given(mov_cases(), st.sampled_from((1, 3, 20, 100, 700)), st.sampled_from((1, 10, 2**15)))
+def test_the_block_size_changes_nothing(case, scores, lanes):
     whole = value_and_gradients(case, "torch")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_SCORES_PER_BLOCK", scores)
+        patch.setattr(module, "_LANES_PER_TAP", lanes)
         for a, b in zip(value_and_gradients(case, "torch"), whole, strict=True):
             assert_near(a, b)
 
 
 def test_a_small_block_splits_rows_and_taps(monkeypatch):
     monkeypatch.setattr(module, "_SCORES_PER_BLOCK", 40)
+    monkeypatch.setattr(module, "_LANES_PER_TAP", 1)
     runs, taps, row = module._plan(randn(3, 4, 6, 5), (3, 3), 2)
     assert len(runs) > 1
     assert taps < 9
     assert len(list(module._blocks(3, 6, row))) == 18
+
+
+def test_a_wide_window_leaves_whole_grids_to_a_tap():
+    """Few pixels a tap would be as many calls as there are taps, for every few rows."""
+    runs, taps, row = module._plan(randn(1, 8, 96, 96), (121, 121), 1)
+    assert len(list(module._blocks(1, 96, row))) == 1
+    assert taps * 96 * 96 <= module._SCORES_PER_BLOCK
+    assert sum(map(len, runs)) == 121**2
 
 
 @pytest.mark.parametrize("level", [-1e4, -1e30, 1e4, 1e30])

@@ -184,6 +184,9 @@ _gradient_like = new_like
 # neighbour at that offset is inside the grid; all other scores of the block stay minus infinity.
 
 _SCORES_PER_BLOCK = 2**22
+#: Pixels and groups that a tap serves at least, where the grid has them, by shorter runs of taps if need be: in a wide
+#: window few of them would leave most of the time to Python.
+_LANES_PER_TAP = 2**15
 
 
 def _blocks(batch: int, rows: int, row_scores: int) -> Iterator[tuple[slice, int, int]]:
@@ -251,7 +254,8 @@ def _template(run: list[Offset], like: Tensor) -> Tensor:
 def _plan(q: Tensor, window: Sequence[int], groups: int) -> tuple[list[list[Offset]], int, int]:
     """Runs of taps, the most taps in a run, and the scores that one row of one image needs for a run."""
     row = groups * prod(q.shape[3:])
-    runs = _tap_runs(window, q.shape[2:], max(1, _SCORES_PER_BLOCK // max(1, row)))
+    pixels = max(row, min(row * q.shape[2], _LANES_PER_TAP), 1)
+    runs = _tap_runs(window, q.shape[2:], max(1, _SCORES_PER_BLOCK // pixels))
     return runs, len(runs[0]), row * len(runs[0])
 
 
