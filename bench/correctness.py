@@ -10,9 +10,6 @@ from torch import Tensor
 
 from coverfast.bench.problems import Case, Variant
 
-#: Pixels an axis of the grid on which variants are checked.
-CHECKED = 24
-
 
 def outcome(case: Case, variant: Variant, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     """Outputs, and the gradients of a fixed random projection of them, by name.
@@ -40,16 +37,25 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 def definition(case: Case, device: str, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Inputs on a small grid, and what the definition makes of them in float64."""
-    inputs = case.make(device, dtype, CHECKED, 1)
+    inputs = case.make(device, dtype, case.checked_at, 1)
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     return inputs, outcome(case, Variant(case.exact), exact)
 
 
 def error_of(case: Case, variant: Variant, inputs: Sequence[Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest difference of outputs and gradients from what is expected."""
-    found = outcome(case, variant, inputs)
+    found, margin = outcome(case, variant, inputs), variant.margin
+    if margin:
+        found, expected = ({k: _interior(k, v, margin) for k, v in part.items()} for part in (found, expected))
     # torch's maximum is NaN where anything is; Python's depends on the order.
     return float(torch.tensor([difference(value, expected[name]) for name, value in found.items()]).max())
+
+
+def _interior(name: str, x: Tensor, margin: Sequence[int]) -> Tensor:
+    """Without the border, and the pixels whose gradients have met an output there."""
+    margin = [2 * m + 1 for m in margin] if name.startswith("d_") else margin
+    inside = [slice(m, s - m) for m, s in zip(margin, x.shape[-len(margin) :], strict=True)]
+    return x[(..., *inside)]
 
 
 def outputs_of(out: Any) -> tuple[Tensor, ...]:

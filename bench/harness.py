@@ -1,32 +1,23 @@
-"""Measure the variants of a case: correctness first, then time and memory, beside a floor.
+"""Measure the variants of cases: only what is right, in memory and time, beside a floor.
 
 What is wrong, does not run or does not fit is not timed and says so; the rest goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coverfast.bench.correctness import definition, error_of, outputs_of, slopes_of
-from coverfast.bench.measure import (
-    Run,
-    captured,
-    copy_rate,
-    device_growth,
-    high_water_mark,
-    process_growth,
-    reason,
-    timed,
-)
-from coverfast.bench.plans import shared_numbers
-from coverfast.bench.problems import Case, Variant
+from coverfast.bench.measure import captured, reason, timed
+from coverfast.bench.prepared import Here, Prepared, Runs, Version
+from coverfast.bench.problems import Case, Work
+from coverfast.bench.rates import Rates, rates
 from coverfast.checks import require
 from coverfast.kernels import INTERPRETED
 from coverfast.kernels.launch import override
@@ -37,6 +28,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, tor
 
 #: Variants that are also measured as a CUDA graph.
 GRAPHED = ("coverfast triton", "coverfast auto")
+OURS = "coverfast"
 
 
 @dataclass(frozen=True)
@@ -52,17 +44,26 @@ class Result:
     forward_ms: float | None
     both_ms: float | None  # forward and backward
     spread_ms: float | None  # between the quartiles, of both where there is a backward
+    runs: int  # that these are the medians of
     extra_mb: float | None  # at the peak, over the inputs and the output's gradient
     forward_floor_ms: float | None
     both_floor_ms: float | None
     note: str = ""
 
     @property
+    def ms(self) -> float | None:
+        """Of forward and backward where there is one."""
+        return self.forward_ms if self.both_floor_ms is None else self.both_ms
+
+    @property
+    def floor_ms(self) -> float | None:
+        """Below which `ms` cannot come."""
+        return self.forward_floor_ms if self.both_floor_ms is None else self.both_floor_ms
+
+    @property
     def of_floor(self) -> float | None:
-        """Time over floor, of forward and backward where there is one."""
-        both = self.both_floor_ms is not None
-        taken, floor = (self.both_ms, self.both_floor_ms) if both else (self.forward_ms, self.forward_floor_ms)
-        return None if taken is None or floor is None else taken / floor
+        """Time over floor."""
+        return None if self.ms is None or self.floor_ms is None else self.ms / self.floor_ms
 
 
 def default_names(case: Case, device: str) -> list[str]:
@@ -71,172 +72,170 @@ def default_names(case: Case, device: str) -> list[str]:
     return [name for name, variant in there.items() if variant.cpu or device != "cpu"]
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """A variant that is right: what is timed, its memory, the bytes that it writes."""
-
-    forward: Run
-    both: Run | None
-    written: int
-    extra_mb: float | None = None
+# --- measuring ---------------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, device: str, dtype: torch.dtype, repeats: int, names: Sequence[str] = ()) -> list[Result]:
-    """The named variants of a case, by default those of `default_names`."""
-    require(not INTERPRETED, "bench times kernels and cannot with TRITON_INTERPRET set; unset it")
-    inputs = case.make(device, dtype, None, 0)
-    errors: dict[str, float] = {}
-    notes: dict[str, str] = {}
-    found: dict[str, _Checked] = {}
-    names = list(names or default_names(case, device))
-    # Every shape is a graph of its own in a benchmark: let torch.compile keep them all.
-    with torch._dynamo.config.patch(recompile_limit=256):
-        _check(case, names, inputs, device, dtype, errors, notes)
-        for name in [name for name in names if name not in notes]:
-            try:
-                checked = _runs(case, case.variants[name], inputs)
-                if device == "cpu":
-                    job = case.make, case.variants[name], case.backward, dtype
-                    extra = process_growth(growth, *job, repeats=min(3, repeats))
-                else:
-                    extra = device_growth(checked.both or checked.forward)
-                found[name] = replace(checked, extra_mb=extra)
-            except Exception as error:  # a baseline may fail in any way
-                notes[name] = reason(error)
-        one, two = _times(found, repeats, device, notes)
-        # Views are drawn on the CPU, which no graph can hold.
-        for name in [name for name in GRAPHED if name in one and device == "cuda" and case.op != "views"]:
-            # Small levels are over before Python has launched them; replayed as a graph they show their kernels.
-            graph, ours = f"{name}, CUDA graph", found[name]
-            names, errors[graph] = [*names, graph], errors[name]
-            found[graph] = _Checked(captured(ours.forward), ours.both and captured(ours.both), ours.written)
-            for times, more in zip((one, two), _times({graph: found[graph]}, repeats, device, notes), strict=True):
-                times |= more
-    floors = _floors(case, inputs, max((c.written for c in found.values()), default=0), device)
-    results = []
-    for name in names:
-        samples = [times.get(name) for times in (one, two)]
-        medians = [None if sample is None else float(np.median(sample)) for sample in samples]
-        last = samples[1] or samples[0]
-        spread = None if last is None else float(np.subtract(*np.percentile(last, (75, 25))))
-        extra_mb = found[name].extra_mb if name in found else None
-        of = case.name, case.op, case.facts, str(inputs[0].dtype)[6:], name, errors.get(name)
-        results.append(Result(*of, medians[0], medians[1], spread, extra_mb, floors[0], floors[1], notes.get(name, "")))
-    return results
+def measure(
+    case: Case, device: str, dtype: torch.dtype, repeats: int, names: Sequence[str] = (), **options: Any
+) -> list[Result]:
+    """The named variants of a case, by default those of `default_names`; options as in `measure_together`."""
+    return measure_together([case], device, dtype, repeats, names, **options)
 
 
-def _check(
-    case: Case,
-    names: Sequence[str],
-    inputs: Sequence[Tensor],
+def measure_together(
+    cases: Sequence[Case],
     device: str,
     dtype: torch.dtype,
-    errors: dict[str, float],
-    notes: dict[str, str],
-) -> None:
-    """Errors of the variants, and notes on those that are not to be timed."""
-    checked = case.checked or inputs[0].dtype
-    small, expected = definition(case, device, checked)
-    numbers = shared_numbers(case, dtype) if device == "cuda" else {}
-    for name in names:
+    repeats: int,
+    names: Sequence[str] = (),
+    *,
+    seconds: float = inf,
+    versions: Sequence[Version] = (),
+) -> list[Result]:
+    """Variants of several cases, all of them timed in turn.
+
+    Args:
+        cases: what is computed.
+        device: "cpu" or "cuda".
+        dtype: of the maps.
+        repeats: runs that are timed.
+        names: variants; those that a case lacks are left out. Default: each case's `default_names`.
+        seconds: that a run may take on a CPU; a variant that has been timed for so long is not run again.
+        versions: of the library, that of this code first: everything then runs in the processes of these, and what is
+            coverfast's in each of them.
+    """
+    require(not INTERPRETED, "bench times kernels and cannot with TRITON_INTERPRET set; unset it")
+    measured = _Measured()
+    floors: list[tuple[float | None, float | None]] = []
+    here = [Here(case, device, dtype) for case in cases]
+    # Every shape is a graph of its own in a benchmark: let torch.compile keep them all.
+    with torch._dynamo.config.patch(recompile_limit=256):
+        for number, mine in enumerate(here):
+            there = [(version.name, version.prepared(mine.case, device, dtype)) for version in versions]
+            chosen = [name for name in names if name in mine.case.variants]
+            for name in chosen if names else default_names(mine.case, device):
+                for revision, place in (there if name.startswith(OURS) else there[:1]) or [("", mine)]:
+                    label = f"{name} @ {revision}" if revision else name
+                    measured.look_at((number, label), place, name, device, repeats, seconds)
+        measured.time(measured.ready, repeats, device, seconds)
+        if device == "cuda" and not versions:
+            measured.graph([key for key in measured.forward if key[1] in GRAPHED], cases, repeats)
+    for number, mine in enumerate(here):
+        written = [runs.written for key, runs in measured.ready.items() if key[0] == number]
+        floors.append(_floors(mine.case, mine.inputs, max(written, default=0), rates(device, dtype)))
+    return [measured.result(key, here[key[0]], *floors[key[0]]) for key in sorted(measured.keys, key=lambda k: k[0])]
+
+
+Key = tuple[int, str]
+
+
+@dataclass
+class _Measured:
+    """What has been found of every variant, by the number of its case and its name."""
+
+    keys: list[Key] = field(default_factory=list)
+    notes: dict[Key, str] = field(default_factory=dict)
+    errors: dict[Key, float] = field(default_factory=dict)
+    extra: dict[Key, float] = field(default_factory=dict)
+    ready: dict[Key, Runs] = field(default_factory=dict)
+    forward: dict[Key, list[float]] = field(default_factory=dict)
+    both: dict[Key, list[float]] = field(default_factory=dict)
+
+    def look_at(self, key: Key, there: Prepared, name: str, device: str, repeats: int, seconds: float) -> None:
+        """Error and memory of a variant; a baseline may fail in any way."""
+        self.keys.append(key)
         try:
-            with override(**numbers), _full_precision():  # checked are the kernels that are timed
-                errors[name] = error_of(case, case.variants[name], small, expected)
-            if not errors[name] <= TOLERANCE[checked]:
-                notes[name] = "wrong: not timed"
+            # On a CPU memory comes first, and from another process: what does not fit would end this one.
+            extra = there.growth(name, repeats, seconds) if device == "cpu" else None
+            self.errors[key] = there.error(name)
+            if not self.errors[key] <= TOLERANCE[there.checked]:
+                self.notes[key] = "wrong: not timed"
+                return
+            ready = there.runs(name)
+            self.extra[key] = there.growth(name, repeats, seconds) if extra is None else extra
+            self.ready[key] = ready
         except Exception as error:
-            notes[name] = reason(error)
+            self.notes[key] = reason(error)
+
+    def time(self, ready: Mapping[Key, Runs], repeats: int, device: str, seconds: float) -> None:
+        """Milliseconds of the forward, and of forward and backward."""
+        calls = {key: runs.forward for key, runs in ready.items()}
+        self.forward |= timed(calls, repeats, device, self.notes, seconds)
+        calls = {key: runs.both for key, runs in ready.items() if runs.both is not None}
+        self.both |= timed(calls, repeats, device, self.notes, seconds)
+
+    def graph(self, keys: Sequence[Key], cases: Sequence[Case], repeats: int) -> None:
+        """The same as CUDA graphs: small levels are over before Python has launched them."""
+        for key in keys:
+            # Views are drawn on the CPU, which no graph can hold.
+            if cases[key[0]].op == "views":
+                continue
+            twin, ours = (key[0], f"{key[1]}, CUDA graph"), self.ready[key]
+            self.keys.append(twin)
+            self.errors[twin], self.extra[twin] = self.errors[key], self.extra[key]
+            both = ours.both and captured(ours.both)
+            self.ready[twin] = Runs(captured(ours.forward), both, ours.written)
+            self.time({twin: self.ready[twin]}, repeats, "cuda", inf)
+
+    def result(self, key: Key, here: Here, forward_floor: float | None, both_floor: float | None) -> Result:
+        """For tables and files."""
+        one, two = self.forward.get(key), self.both.get(key)
+        medians = [None if times is None else float(np.median(times)) for times in (one, two)]
+        last = two or one or []
+        spread = float(np.subtract(*np.percentile(last, (75, 25)))) if len(last) > 1 else None
+        note, case = self.notes.get(key, ""), here.case
+        return Result(
+            case=case.name,
+            op=case.op,
+            facts=case.facts,
+            dtype=str(here.inputs[0].dtype)[6:],
+            variant=key[1],
+            error=self.errors.get(key),
+            forward_ms=medians[0],
+            both_ms=medians[1],
+            spread_ms=spread,
+            runs=len(last),
+            extra_mb=None if note else self.extra.get(key),
+            forward_floor_ms=forward_floor,
+            both_floor_ms=both_floor,
+            note=note,
+        )
 
 
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Convolutions in float32 and not in TF32, which is the default and has three digits."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+def _floors(case: Case, inputs: Sequence[Tensor], written: int, can: Rates) -> tuple[float | None, float | None]:
+    """Milliseconds below which neither forward nor forward and backward can come, whichever is longest: arithmetic
+    where the case counts it, at the measured rates; and memory, where every input is read in both directions, the
+    output written and its gradient read, the inputs' gradients written, as fast as a copy.
+    """
+    one = sum(x.nbytes for x in inputs) + written
+    two = one + sum(x.nbytes for x in inputs if x.requires_grad)
+    forward, backward = case.work or (Work(), Work())
+    first = _floor(one, forward, can, inputs[0].dtype)
+    return first, first + _floor(two, backward, can, inputs[0].dtype) if case.backward else None
 
 
-def _times(
-    found: Mapping[str, _Checked], repeats: int, device: str, notes: dict[str, str]
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Milliseconds of the forward, and of forward and backward."""
-    one = timed({name: c.forward for name, c in found.items()}, repeats, device, notes)
-    return one, timed({name: c.both for name, c in found.items() if c.both is not None}, repeats, device, notes)
+def _floor(moved: float, work: Work, can: Rates, dtype: torch.dtype) -> float:
+    arithmetic = 2 * work.multiply_adds / can.multiply_add, work.exponentials / can.exponential
+    matrix = work.matrix / can.matrix.get(str(dtype)[6:], can.multiply_add)
+    return 1e3 * max(moved / can.copy, *arithmetic, matrix)
 
 
 def sweep(case: Case, dtype: torch.dtype, numbers: Mapping[str, int], repeats: int) -> dict[str, Any]:
     """Milliseconds of the kernels of a case on this GPU, launched with these numbers and not those of the rules."""
-    notes: dict[str, str] = {}
+    measured, key = _Measured(), (0, "coverfast triton")
     times: list[float | None] = [None, None]
     with override(**numbers):
         try:
-            found = {"": _runs(case, case.variants["coverfast triton"], case.make("cuda", dtype, None, 0))}
-            times = [float(np.median(t[""])) if t else None for t in _times(found, repeats, "cuda", notes)]
+            measured.time({key: Here(case, "cuda", dtype).runs(key[1])}, repeats, "cuda", inf)
+            found = measured.forward.get(key), measured.both.get(key)
+            times = [float(np.median(t)) if t else None for t in found]
         except Exception as error:  # too many registers, say; the other launches are still to be timed
-            notes[""] = reason(error)
+            measured.notes[key] = reason(error)
     return {
         "case": case.name,
         "dtype": str(dtype)[6:],
         **numbers,
         "forward_ms": times[0],
         "both_ms": times[1],
-        "note": notes.get("", ""),
+        "note": measured.notes.get(key, ""),
     }
-
-
-# --- runs --------------------------------------------------------------------------------------------------------
-
-
-def _runs(case: Case, variant: Variant, inputs: Sequence[Tensor]) -> _Checked:
-    """Forward, and forward and backward."""
-    ready = variant.ready(inputs)
-
-    def forward() -> Any:
-        with torch.no_grad():
-            return variant.call(*ready)
-
-    outputs = outputs_of(forward())
-    written = sum(x.nbytes for x in outputs)
-    if not case.backward:
-        return _Checked(forward, None, written)
-    wanted, slopes = [x for x in ready if x.requires_grad], slopes_of(outputs)
-
-    def both() -> Any:
-        return torch.autograd.grad(outputs_of(variant.call(*ready)), wanted, slopes)
-
-    return _Checked(forward, both, written)
-
-
-def growth(make: Callable[..., list[Tensor]], variant: Variant, backward: bool, dtype: torch.dtype) -> float:
-    """In a process of its own: how far one forward and backward lifts the high-water mark, in MB."""
-
-    def run(limit: int | None) -> float:
-        ready = variant.ready(make("cpu", dtype, limit, 0))
-        before = high_water_mark()
-        outputs = outputs_of(variant.call(*ready))
-        if backward:
-            torch.autograd.grad(sum(x.sum() for x in outputs), [x for x in ready if x.requires_grad])  # type: ignore[arg-type]
-        return high_water_mark() - before
-
-    run(8)  # what a first call loads is not the call's memory
-    return run(None)
-
-
-def _floors(case: Case, inputs: Sequence[Tensor], written: int, device: str) -> tuple[float | None, float | None]:
-    """Milliseconds below which neither forward nor forward and backward can come.
-
-    Arithmetic where the case counts its clocks. Otherwise memory: every input read in both directions, the output
-    written and its gradient read, the inputs' gradients written, as fast as a copy.
-    """
-    if case.clocks is not None:
-        if device == "cpu":
-            return None, None
-        properties = torch.cuda.get_device_properties(0)
-        # In kHz; an H200's where the driver does not tell.
-        clocks = properties.multi_processor_count * float(getattr(properties, "clock_rate", 0) or 1.98e6)
-        return case.clocks[0] / clocks, sum(case.clocks) / clocks
-    one = sum(x.nbytes for x in inputs) + written
-    two = one + sum(x.nbytes for x in inputs if x.requires_grad)
-    return one / copy_rate(device), (one + two) / copy_rate(device) if case.backward else None

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
+from coverfast.bench import baselines as eager
 from coverfast.bench.problems import Case, Draws, Level, Variant
-from coverfast.geometry import AffineDVF
+from coverfast.bench.pyramids import EAGER, eager_field, pyramid_field, pyramid_of
+from coverfast.geometry import AffineDVF, inside_mask
 from coverfast.ops.losses import consistency_loss, field_errors
-from coverfast.pyramid import VectorPyramid
 
 
 def head_cases(levels: Sequence[Level], layout: str) -> list[Case]:
@@ -22,24 +22,16 @@ def head_cases(levels: Sequence[Level], layout: str) -> list[Case]:
     """
     at, of = levels[-1], tuple(levels)
     maps = [f"features {level}" for level in range(len(levels))]
-    names = (*maps, "numbers", *(name for name, _ in _pyramid(of, "torch").named_parameters()))
+    names = (*maps, "numbers", *(name for name, _ in pyramid_of(of, "torch").named_parameters()))
     facts = {"shape": (2 * at.batch, at.features, *at.size), "window": at.window, "layout": layout}
     variants = {
         "coverfast auto": Variant(partial(head, of, impl="auto"), cpu=False),
         "coverfast torch": Variant(partial(head, of, impl="torch")),
+        **{f"eager {way}": Variant(partial(head_eager, of, way)) for way in EAGER},
     }
     make, exact = partial(_head_inputs, of, layout), partial(head, of, impl="reference")
     name = f"{at.name.partition(' level')[0]} head"
     return [Case(name, "head", facts, at, names, make, variants, exact, checked=torch.float32)]
-
-
-@cache
-def _pyramid(levels: tuple[Level, ...], impl: str) -> VectorPyramid:
-    at = levels[-1]
-    features, groups = [level.features for level in levels], [level.groups for level in levels]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return VectorPyramid(len(at.size), features, groups, at.channels // at.groups, at.window, impl=impl)
 
 
 def _head_inputs(
@@ -53,17 +45,14 @@ def _head_inputs(
         for step, level in enumerate(levels)
     ]
     numbers = draws.affine(at.batch, [s * finest for s in at.size]).numbers
-    weights = [p.detach().to(device, draws.exact).requires_grad_() for p in _pyramid(levels, "torch").parameters()]
+    weights = [p.detach().to(device, draws.exact).requires_grad_() for p in pyramid_of(levels, "torch").parameters()]
     return [*maps, numbers, *weights]
 
 
 def head_field(levels: tuple[Level, ...], *inputs: Tensor, impl: str) -> Tensor:
     """The predicted field."""
-    maps, pyramid = inputs[: len(levels)], _pyramid(levels, impl)
-    weights = dict(zip(dict(pyramid.named_parameters()), inputs[len(levels) + 1 :], strict=True))
-    dtype = maps[0].dtype
-    with torch.autocast(maps[0].device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-        return functional_call(pyramid, weights, (maps,))
+    maps, weights = inputs[: len(levels)], inputs[len(levels) + 1 :]
+    return pyramid_field(levels, *maps, *weights, impl=impl)
 
 
 def head_loss(levels: tuple[Level, ...], psi: Tensor, *inputs: Tensor, impl: str) -> Tensor:
@@ -77,3 +66,12 @@ def head_loss(levels: tuple[Level, ...], psi: Tensor, *inputs: Tensor, impl: str
 def head(levels: tuple[Level, ...], *inputs: Tensor, impl: str) -> Tensor:
     """Features of both views, truth and weights to the loss."""
     return head_loss(levels, head_field(levels, *inputs, impl=impl), *inputs, impl=impl)
+
+
+def head_eager(levels: tuple[Level, ...], formulation: str, *inputs: Tensor) -> Tensor:
+    """The same as people write it: whole feature maps are warped, the truth is a dense field."""
+    maps, weights = inputs[: len(levels)], inputs[len(levels) + 1 :]
+    psi = eager_field(levels, formulation, *maps, *weights)
+    dvf = AffineDVF.of(inputs[len(levels)], tuple(psi.shape[2:])).dense()
+    mask, (feat_a, feat_b) = inside_mask(dvf), maps[-1].chunk(2)
+    return eager.vector_eager(psi, dvf, mask) + eager.consistency_eager(feat_a, feat_b, dvf, mask)

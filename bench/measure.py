@@ -4,59 +4,82 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Run = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 # --- time --------------------------------------------------------------------------------------------------------
 
 
-def timed(calls: Mapping[str, Run], repeats: int, device: str, notes: dict[str, str]) -> dict[str, list[float]]:
-    """Milliseconds of every call, in turn so that a slow moment of the machine meets all of them.
+#: Milliseconds after which a run is too long for what is set up in a first one to matter: it counts from the first.
+LONG = 5e3
 
-    On a GPU by device events, the L2 cache flushed before every run. What raises gets a note and no times.
+
+@dataclass(frozen=True)
+class Elapsed:
+    """What a call returns whose milliseconds were measured elsewhere, in another process."""
+
+    ms: float
+
+
+def timed(
+    calls: Mapping[Name, Run], repeats: int, device: str, notes: dict[Name, str], seconds: float = inf
+) -> dict[Name, list[float]]:
+    """Milliseconds of every call, in turn so that a slow moment of the machine meets all of them, and every turn in
+    another order so that none always follows the same one.
+
+    On a GPU by device events, the L2 cache flushed before every run. What raises gets a note and no times. A call whose
+    runs have taken `seconds` is not run again.
     """
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    once = _event_ms if device == "cuda" else _clock_ms
+    found: dict[Name, list[float]] = {name: [] for name in calls}
+    once = event_ms if device == "cuda" else clock_ms
+    order, shuffle = list(calls), random.Random(0).shuffle
     for turn in range(-3 if device == "cuda" else -1, repeats):
-        for name, call in calls.items():
-            if name in notes:
+        shuffle(order)
+        for name in order:
+            if name in notes or sum(found[name]) >= 1e3 * seconds:
                 continue
             try:
-                taken = once(call)
+                taken = once(calls[name])
             except Exception as error:
                 notes[name] = reason(error)
                 continue
-            if turn >= 0:  # before that it is warming up
+            if turn >= 0 or taken >= LONG:  # before that it is warming up
                 found[name].append(taken)
     return {name: times for name, times in found.items() if name not in notes}
 
 
-def _clock_ms(call: Run) -> float:
+def clock_ms(call: Run) -> float:
+    """Of one run, by the clock."""
     start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
+    found = call()
+    return found.ms if isinstance(found, Elapsed) else 1e3 * (time.perf_counter() - start)
 
 
-def _event_ms(call: Run) -> float:
+def event_ms(call: Run) -> float:
+    """Of one run, by the events of the GPU."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _flush().zero_()
     start.record()
-    call()
+    found = call()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end)
+    return found.ms if isinstance(found, Elapsed) else start.elapsed_time(end)
 
 
 @cache
@@ -91,21 +114,15 @@ def captured(call: Run) -> Run:
     return replay
 
 
-@cache
-def copy_rate(device: str) -> float:
-    """Bytes a millisecond, read and written, that a copy moves on this device."""
-    source = torch.zeros(2**30 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / statistics.median(timed({"": lambda: target.copy_(source)}, 10, device, {})[""])
-
-
 def reason(error: Exception) -> str:
     """Why a variant has no times, in one line; memory that it still held is given back."""
     if torch.cuda.is_available():
         with suppress(RuntimeError):
             torch.cuda.empty_cache()
+    if isinstance(error, NoRoom):
+        return str(error)
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of memory"
+        return "does not fit: out of the GPU's memory"
     return f"does not run: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
@@ -123,29 +140,65 @@ def device_growth(run: Run) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def process_growth(job: Callable[..., float], *arguments: Any, repeats: int = 3) -> float:
+class NoRoom(Exception):
+    """A call that needs more memory or time than there is; its message is a note."""
+
+
+def process_growth(job: Callable[..., float], *arguments: Any, repeats: int = 3, seconds: float = inf) -> float:
     """What `job(*arguments)` returns in a fresh process, median of `repeats`; all of it must pickle.
 
     For growths of the resident high-water mark. Freed memory must leave the process at once for the mark to mean
-    anything, hence the threshold.
+    anything, hence the threshold. The process may use nine tenths of the memory that is available, and no more than
+    `seconds` beyond what it needs to begin: `NoRoom` says which it was.
     """
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", "import pickle, sys; job, a = pickle.load(sys.stdin.buffer); print(job(*a))"]
+    # It finds what this process finds: a job may come from anybody's script.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
+    # Where there is a GPU its driver reserves addresses without end, which the limit would count.
+    limit = -1 if torch.cuda.is_available() else int(0.9 * available_memory())
     given = pickle.dumps((job, arguments))
-    found = []
+    found: list[float] = []
     for _ in range(repeats):
-        done = subprocess.run(command, env=environment, input=given, capture_output=True)
+        begun = time.perf_counter()
+        command, allowed = [sys.executable, "-c", _CHILD, str(limit)], None if seconds == inf else _BEGINS + seconds
+        try:
+            done = subprocess.run(command, env=environment, input=given, capture_output=True, timeout=allowed)
+        except subprocess.TimeoutExpired:
+            raise NoRoom(f"not run: takes more than {seconds:.0f} s") from None
         if done.returncode:
             said = done.stderr.decode().strip().splitlines() or [f"ended by signal {-done.returncode}"]
+            if "not enough memory" in said[-1] or said[-1].startswith("MemoryError") or "allocate memory" in said[-1]:
+                raise NoRoom(f"does not fit in {limit / 1e9:.1f} GB")
             raise RuntimeError(f"in a fresh process: {said[-1]}")
         found.append(float(done.stdout))
+        if time.perf_counter() - begun > 2 * _BEGINS:  # the growth of a long run varies little
+            break
     return statistics.median(found)
 
 
-def high_water_mark() -> float:
-    """Largest resident size of this process so far, in MB (Linux).
+#: Seconds that a process may need to import everything.
+_BEGINS = 15.0
+_CHILD = """
+import pickle, resource, sys
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+job, arguments = pickle.load(sys.stdin.buffer)
+print(job(*arguments))
+"""
 
-    Not `getrusage`: its mark begins with that of the parent process.
+
+def available_memory() -> int:
+    """Bytes of memory that a process can still get without swapping (Linux)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+
+
+def high_water_mark(*, reset: bool = False) -> float:
+    """Largest resident size of this process so far, or since the last `reset`, in MB (Linux).
+
+    Not `getrusage`: its mark begins with that of the parent process, and stays.
     """
+    if reset:
+        with suppress(OSError):  # a sandbox may forbid it: the mark then stays, and small growths are not seen
+            Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6

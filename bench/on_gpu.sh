@@ -35,7 +35,7 @@ for stage in "$@"; do
             measure "$op" "$op" "${presets[@]}" --repeats 20
         done
         for dtype in float32 bfloat16; do
-            measure "warp-large-$dtype" warp --batch 2 --channels 32 --size 128,128,128 --dtype "$dtype" --repeats 20
+            measure "warp-large-$dtype" warp --batch 2 --channels 32 --sizes 128,128,128 --dtype "$dtype" --repeats 20
         done
         step coverfast bench launches --save "$out/launches.json"
         ;;
@@ -46,10 +46,10 @@ for stage in "$@"; do
         measure mov-levels-contiguous mov --layout contiguous "${presets[@]}" --against "coverfast triton" --repeats 20
         ;;
     windows)
-        measure mov-windows-3d mov --batch 2 --size 128,128,128 --window 3,5,7,9 --repeats 10 "${eager[@]}"
-        measure mov-windows-2d mov --batch 24 --size 384,384 --window 3,5,7,9 --repeats 10 "${eager[@]}"
+        measure mov-windows-3d mov --batch 2 --sizes 128,128,128 --window 3,5,7,9 --repeats 10 "${eager[@]}"
+        measure mov-windows-2d mov --batch 24 --sizes 384,384 --window 3,5,7,9 --repeats 10 "${eager[@]}"
         for channels in 4 16 32; do
-            measure "mov-width-$channels" mov --batch 2 --size 128,128,128 --channels "$channels" --repeats 10 \
+            measure "mov-width-$channels" mov --batch 2 --sizes 128,128,128 --channels "$channels" --repeats 10 \
                 --against "coverfast triton" --against "eager A"
         done
         ;;
@@ -82,10 +82,10 @@ build_phantoms('$shards/3d.h5', 3, (160, 160, 128), seed=1, indices=range(4))"
         ;;
     compiled)
         late=(--against "coverfast triton" --against "compiled A" --against FlexAttention --repeats 10)
-        measure mov-compiled-3d mov --batch 2 --size 128,128,128 --window 5,3 "${late[@]}"
-        measure mov-compiled-2d mov --batch 24 --size 384,384 --window 7,3,5,9 "${late[@]}"
+        measure mov-compiled-3d mov --batch 2 --sizes 128,128,128 --window 5,3 "${late[@]}"
+        measure mov-compiled-2d mov --batch 24 --sizes 384,384 --window 7,3,5,9 "${late[@]}"
         measure mov-compiled-levels mov "${presets[@]}" "${late[@]}"
-        measure mov-compiled-3d-wide mov --batch 2 --size 128,128,128 --window 7,9 "${late[@]}"
+        measure mov-compiled-3d-wide mov --batch 2 --sizes 128,128,128 --window 7,9 "${late[@]}"
         ;;
     *)
         echo "no such stage: $stage" >&2

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from coverfast.bench import baselines as eager
+from coverfast.bench import natten_baseline as natten
 from coverfast.bench.head import head_cases
-from coverfast.bench.problems import Case, Draws, Level, Variant
+from coverfast.bench.problems import Case, Draws, Level, Variant, mov_work
 from coverfast.geometry import AffineDVF, inside_mask
 from coverfast.ops.compose import compose
 from coverfast.ops.losses import consistency_loss, end_point_error, vector_loss
@@ -67,8 +68,7 @@ def _facts(level: Level, layout: str) -> dict[str, Any]:
 def mov_cases(levels: Sequence[Level], layout: str) -> list[Case]:
     """Every level.
 
-    A tap costs `d + 3` multiply-adds forward and `4 d + 7` backward, and one exponential in each of the three passes; a
-    multiprocessor does 128 and 16 of them a clock.
+    What it takes is `mov_work`.
     """
     cases = []
     for at in levels:
@@ -79,11 +79,12 @@ def mov_cases(levels: Sequence[Level], layout: str) -> list[Case]:
             "compiled A": Variant(partial(eager.mov_compiled, **options), cpu=False),
             "FlexAttention": Variant(partial(eager.mov_flex, **options), cpu=False),
         }
-        d = at.channels // at.groups
-        clocks = at.taps * max((d + 3) / 128, 1 / 16), at.taps * max((4 * d + 7) / 128, 2 / 16)
+        if natten.available():
+            margin = natten.margin(at.window).queries
+            others["NATTEN, interior"] = Variant(partial(natten.mov_natten, **options), cpu=False, margin=margin)
         inputs, ours = {"q": "keys", "k": "keys"}, partial(mov, **options)
         cases.append(
-            _case(at, "", "mov", _facts(at, layout) | options, inputs, ours, others, layout=layout, clocks=clocks)
+            _case(at, "", "mov", _facts(at, layout) | options, inputs, ours, others, layout=layout, work=mov_work(at))
         )
     return cases
 

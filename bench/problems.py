@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from math import prod
 from typing import Any
 
@@ -98,12 +98,42 @@ def preset_levels(preset: str) -> list[Level]:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Arithmetic without which a result cannot be had: multiply-adds in float32 that no matrix unit can do,
+    exponentials, and FLOP of matrix products in the dtype of the inputs.
+    """
+
+    multiply_adds: float = 0.0
+    exponentials: float = 0.0
+    matrix: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        mine, theirs = astuple(self), astuple(other)
+        return Work(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+
+def mov_work(level: Level) -> tuple[Work, Work]:
+    """Of `mov`, forward and backward: `d + 3` and `4 d + 7` multiply-adds a tap (a dot product, a weight into sum and
+    mean; two gradients of `d` channels, each with its weight recomputed), one exponential in each of three passes.
+    """
+    d, taps = level.channels // level.groups, float(level.taps)
+    return Work((d + 3) * taps, taps), Work((4 * d + 7) * taps, 2 * taps)
+
+
+@dataclass(frozen=True)
 class Variant:
-    """One way to compute a case, `call(*prepare(*inputs))`, of which only the call is timed."""
+    """One way to compute a case, `call(*prepare(*inputs))`, of which only the call is timed.
+
+    Attributes:
+        cpu: whether it is measured on a CPU without being asked for.
+        margin: pixels along each axis next to the border, where it means something else than the definition: there
+            outputs are not compared, nor gradients twice as far in and one pixel more.
+    """
 
     call: Callable[..., Any]
     prepare: Callable[..., Sequence[Tensor]] | None = None
-    cpu: bool = True  # measured on a CPU without being asked for
+    cpu: bool = True
+    margin: tuple[int, ...] = ()
 
     def ready(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the call takes."""
@@ -127,7 +157,8 @@ class Case:
         outputs: names of the outputs.
         backward: whether there are gradients.
         checked: the dtype of the check, where it is not that of the measurement.
-        clocks: of one multiprocessor, in the forward and in the backward, where arithmetic is the floor, not memory.
+        checked_at: pixels an axis of the grid of the check.
+        work: of the forward and of the backward, for the floor; without it memory is the floor.
     """
 
     name: str
@@ -141,7 +172,8 @@ class Case:
     outputs: tuple[str, ...] = ("out",)
     backward: bool = True
     checked: torch.dtype | None = None
-    clocks: tuple[float, float] | None = None
+    checked_at: int = 24
+    work: tuple[Work, Work] | None = None
 
 
 class Draws:

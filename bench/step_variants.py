@@ -19,7 +19,8 @@ from torch.profiler import record_function
 from coverfast.bench import published_step
 from coverfast.bench.problems import IMAGES
 from coverfast.bench.published_step import Published, Seen
-from coverfast.checks import InputError
+from coverfast.checks import InputError, require
+from coverfast.geometry import level_size
 from coverfast.image_stream import Images, ImageStream
 from coverfast.loader import _ahead
 from coverfast.methods import Method
@@ -28,7 +29,7 @@ from coverfast.shard_reader import Allocate
 from coverfast.training.assembly import build_method, crop_of
 from coverfast.training.data import batches
 from coverfast.training.engine import Engine
-from coverfast.training.settings import Settings, checked, preset_ndim, preset_settings
+from coverfast.training.settings import Settings, checked, preset_ndim, preset_settings, resolve
 
 OURS = "coverfast"
 #: What the words behind `OURS` change.
@@ -60,6 +61,37 @@ def check_variant(name: str) -> None:
             f"against must be one of {', '.join(PUBLISHED)}, or {OURS} and any of the words {', '.join(WORDS)}, got "
             f"{name!r}"
         )
+
+
+def problems(
+    presets: Sequence[str],
+    crops: Sequence[tuple[int, ...]] = (),
+    *,
+    batch: int | None = None,
+    precision: str | None = None,
+    only_fitting: bool = False,
+) -> list[Settings]:
+    """The settings of every preset with every crop of as many axes, or of a single int for all of them.
+
+    precision: of the variants that name none. only_fitting: presets that no crop fits are left out. `InputError`: a
+    crop that fits no preset, and a preset without one.
+    """
+    require(precision in (None, "float32", "bfloat16"), f"dtype must be float32 or bfloat16, got {precision!r}")
+    values = {name: value for name, value in {"batch": batch, "precision": precision}.items() if value is not None}
+    found: list[Settings] = []
+    unused = list(dict.fromkeys(crops))
+    for preset in dict.fromkeys(presets):
+        ndim = preset_ndim(preset_settings(preset).preset)
+        fits = [crop for crop in dict.fromkeys(crops) if len(crop) in (1, ndim)]
+        unused = [crop for crop in unused if crop not in fits]
+        missing = bool(crops) and not fits and not only_fitting
+        require(not missing, f"sizes must have a crop of {ndim} axes, or a single int, for {preset}, got {list(crops)}")
+        layers = [values | {"crop": crop} for crop in fits] if crops else [values]
+        found += [resolve(preset, layer) for layer in layers]
+    require(not unused, f"sizes must be crops for one of {', '.join(presets)}, got {unused[:1]}")
+    for s in found:
+        level_size(crop_of(s, preset_ndim(s.preset)), len(s.groups))
+    return found
 
 
 def settings_of(s: Settings, variant: str) -> Settings:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from coverfast.bench import parts, published_step, step
 from coverfast.bench.step import Checks, Result, figures, furthest, measure
-from coverfast.bench.step_variants import PLAIN, Problem, check_variant, set_up, settings_of
+from coverfast.bench.step_variants import PLAIN, Problem, check_variant, problems, set_up, settings_of
 from coverfast.checks import InputError
 from coverfast.cli.main import app
 from coverfast.training.settings import Settings, preset_settings
@@ -201,6 +201,30 @@ def test_words_change_settings():
             check_variant(name)
 
 
+def test_presets_and_crops_are_paired():
+    found = problems(["small-2d", "small-3d"], [(32,), (16, 48), (16, 16, 32)], batch=3, precision="bfloat16")
+    assert [(s.preset, s.crop) for s in found] == [
+        ("small-2d", (32,)),
+        ("small-2d", (16, 48)),
+        ("small-3d", (32,)),
+        ("small-3d", (16, 16, 32)),
+    ]
+    assert {(s.batch, s.precision) for s in found} == {(3, "bfloat16")}
+    assert [s.crop for s in problems(["small-2d", "small-3d"])] == [(128,), (64,)]
+    assert [s.preset for s in problems(["small-2d", "small-3d"], [(16, 16, 16)], only_fitting=True)] == ["small-3d"]
+
+
+def test_the_dtype_is_that_of_variants_that_name_none():
+    (s,) = problems(["small-2d"], [(16,)], precision="bfloat16")
+    assert settings_of(s, "coverfast eager").precision == "bfloat16"
+    assert settings_of(s, "coverfast float32").precision == "float32"
+    small = few_levels("small-2d", precision="bfloat16")
+    assert set_up(Problem(small), "coverfast", CPU).dtype == torch.bfloat16
+    published = set_up(Problem(small), "published A", CPU)
+    assert published.dtype == torch.float32
+    assert published.facts["precision"] == "float32"
+
+
 def test_images_are_stored_integers_larger_than_the_crop():
     flat, deep = Problem(preset_settings("small-2d")), Problem(replace(preset_settings("paper-3d"), batch=1))
     assert (flat.images.dtype, flat.images.shape) == (np.uint8, (8, 1, 192, 192))
@@ -220,14 +244,22 @@ def test_images_are_stored_integers_larger_than_the_crop():
 def test_command_prints_and_saves(no_processes, monkeypatch, tmp_path):
     monkeypatch.setattr(parts, "milliseconds", lambda *_: dict.fromkeys((*parts.PARTS, parts.OTHER), 3.0))
     file = tmp_path / "step.json"
-    command = "bench step --preset small-2d --crop 16 --batch 1 --repeats 1 --device cpu --profile --against coverfast"
+    command = "bench step --preset small-2d --sizes 16 --sizes 16,32 --batch 1 --repeats 1 --device cpu --profile"
+    command += " --dtype bfloat16 --against coverfast"
     command = [*command.split(), "--against", "published A", "--save", str(file)]
+    written = []
+    real = step.measure
+    monkeypatch.setattr(step, "measure", lambda *a, **k: (written.append(file.exists()), real(*a, **k))[1])
     done = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
-    for word in ("batch 1, crop 16 x 16", "published A", "float32 contiguous", "MFU", "backbone", "14.3%", "torch 2"):
+    words = ("batch 1, crop 16 x 16", "batch 1, crop 16 x 32", "published A", "float32 contiguous", "MFU", "backbone")
+    for word in (*words, "14.3%", "torch 2", "commit", "threads"):
         assert word in done.output
+    assert written == [False, True], "what is there is saved after every crop"
     saved = json.loads(file.read_text())
-    assert [row["variant"] for row in saved["rows"]] == ["coverfast", "published A"]
+    assert [row["variant"] for row in saved["rows"]] == ["coverfast", "published A"] * 2
+    assert [row["crop"] for row in saved["rows"]] == [[16, 16]] * 2 + [[16, 32]] * 2
+    assert [row["precision"] for row in saved["rows"]] == ["bfloat16", "float32"] * 2
     assert all(row["step_ms"] > 0 and row["parts_ms"]["backbone"] > 0 for row in saved["rows"])
     assert saved["provenance"]["threads"] == torch.get_num_threads()
 
@@ -237,7 +269,10 @@ def test_command_prints_and_saves(no_processes, monkeypatch, tmp_path):
     [
         (["--against", "published C"], ("against", "published A", "eager")),
         (["--preset", "large-4d"], ("preset", "paper-2d")),
-        (["--preset", "small-2d", "--crop", "40"], ("divisible by 16", "40")),
+        (["--preset", "small-2d", "--sizes", "40"], ("divisible by 16", "40")),
+        (["--preset", "small-2d", "--sizes", "16,16,16"], ("sizes", "2 axes", "small-2d", "(16, 16, 16)")),
+        (["--sizes", "16,16,16,16"], ("sizes", "small-2d", "(16, 16, 16, 16)")),
+        (["--dtype", "float16"], ("dtype", "float32 or bfloat16", "float16")),
     ],
 )
 def test_command_refuses_in_one_sentence(arguments, words):

@@ -1,9 +1,13 @@
 """The compiled kernels keep their budget: spills, width of loads, instructions a tap. Needs no GPU."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
+import torch
 from strategies import refused, run_python
 from typer.testing import CliRunner
 
@@ -118,6 +122,86 @@ def test_the_command_prints_and_saves(tmp_path):
     saved = json.loads(file.read_text())
     assert len(saved["rows"]) == 15
     assert saved["provenance"]["triton"]
+
+
+def test_sizes_and_launch_numbers_are_compiled_and_saved(tmp_path):
+    file = tmp_path / "static.json"
+    command = ["bench", "static", "--op", "losses", "--device", "sm_90", "--sizes", "32,32", "--against", "tile=16"]
+    done = CliRunner().invoke(app, [*command, "--save", str(file)], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert all(word in done.output for word in ("32x32 4 vector", "rules", "tile=16", "commit", "triton 3"))
+    rows = json.loads(file.read_text())["rows"]
+    by = {label: [r for r in rows if r["launch"] == label] for label in ("rules", "tile=16")}
+    assert len(by["rules"]) + len(by["tile=16"]) == len(rows)
+    assert len(by["tile=16"]) == sum(r["tile"] != 16 for r in by["rules"])
+    assert {r["tile"] for r in by["tile=16"]} == {16}
+
+
+def test_other_numbers_are_compiled_where_they_change_a_launch(monkeypatch):
+    """Nothing is compiled: the rows are the launches, planned in this process."""
+    monkeypatch.setattr(static, "ProcessPoolExecutor", lambda *_: nullcontext(SimpleNamespace(map=map)))
+    monkeypatch.setattr(static, "measure", lambda launch, *of: (launch.kernel.__name__, launch.constants["ROWS"], *of))
+    found = list(static.compiled([(16, 32)], ["sm_90"], ops=["mov"], against=["rows=1", "rows=2,taps=4"]))
+    levels = {f"16x32 level {level}" for level in range(5)}
+    for kernel in ("mov_forward_kernel", "mov_dq_kernel", "mov_dk_kernel"):
+        rows = {label: {} for label in ("rules", "rows=1", "rows=2,taps=4")}
+        for name, count, *_, of, _, label in found:
+            if name == kernel:
+                rows[label] |= dict.fromkeys(of, count)
+        by_rules = rows["rules"]
+        assert set(by_rules) == levels
+        assert rows["rows=1"] == {level: 1 for level in levels if by_rules[level] != 1}
+        # Four taps are what the rules choose: only a grid of one row is left to change.
+        assert rows["rows=2,taps=4"] == {level: 2 for level in levels if by_rules[level] != 2}
+        assert 1 in by_rules.values()
+        assert 2 in by_rules.values()
+
+
+def test_sizes_are_pyramids_of_the_paper():
+    coarse, *_, fine = static.levels_of((64, 32, 48))
+    assert (coarse.size, coarse.channels, coarse.features) == ((4, 2, 3), 32, 512)
+    assert (fine.size, fine.channels, fine.groups, fine.features) == ((64, 32, 48), 8, 1, 32)
+    assert (fine.batch, fine.window, fine.image) == (2, (5, 5, 5), (80, 40, 48))
+    assert static.levels_of((384, 384))[-1] == replace(static.levels_of("paper-2d")[-1], name="384x384 level 4")
+
+
+def test_launch_numbers():
+    assert static.launch_numbers("rows=1, tile=64") == (("rows", 1), ("tile", 64))
+    for text in ("rows", "rows=", "rows=0", "rows=-1", "lanes=4", "", "rows=2000"):
+        with refused("against", "rows, taps, tile", repr(text)):
+            static.launch_numbers(text)
+    with refused("warps", "power of two", "3"):
+        static.launch_numbers("warps=3")
+    with refused("warps", "32", "64"):
+        static.launch_numbers("warps=64")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--op mow", ("op", "mow", "warp")),
+        ("--device sm_12", ("target", "sm_12", "gfx942")),
+        ("--sizes 20,20", ("divisible by 16", "(20, 20)")),
+        ("--sizes 16", ("sizes", "(16,)")),
+        ("--op compose --sizes 32,32 --against rows=1", ("rows=1", "compose", "changes none")),
+        ("--dtype int8", ("dtype", "int8")),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(arguments, words):
+    with refused(*words):
+        CliRunner().invoke(app, ["bench", "static", *arguments.split()], catch_exceptions=False)
+
+
+def test_numbers_that_do_not_compile_say_so(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of registers\nand more")
+
+    monkeypatch.setattr(static, "compile_launch", broken)
+    job = static._Job("sm_90", torch.bfloat16, "mov", (16, 32), (("rows", 1),), 0)
+    with refused("against", "rows=1", "mov_forward_kernel for sm_90", "out of registers"):
+        job.run()
+    with pytest.raises(RuntimeError, match="out of registers"):
+        replace(job, numbers=()).run()
 
 
 def test_levels_are_merged():

@@ -39,17 +39,17 @@ def step_flops(method: Cover, batch: int) -> float:
 
 
 @cache
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, exact: bool = False) -> float:
     """FLOP/s that products of large matrices reach on the device, measured in about 0.2 s: what MFU is relative to.
 
     Below what makers print, for a device keeps its highest clock only for a moment; a convolution may come close. On a
-    GPU float32 is what convolutions make of it: TF32 unless that is turned off.
+    GPU float32 is what convolutions make of it: TF32 unless that is turned off, or `exact` asks for all digits.
     """
     rows = _ROWS[device.type]
     generator = torch.Generator(device).manual_seed(0)  # of its own: the training's random numbers are not touched
     a, b = (torch.randn(rows, rows, generator=generator, device=device).to(dtype) for _ in range(2))
     matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    before, matmul.allow_tf32 = matmul.allow_tf32, torch.backends.cudnn.allow_tf32 and not exact
     try:
         once = _seconds(lambda: a @ b, device, 1)  # the first one also sets up
         once = min(once, _seconds(lambda: a @ b, device, 1))

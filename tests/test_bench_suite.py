@@ -1,0 +1,126 @@
+"""`coverfast bench all`: every stage is a command that the command line knows, and how each ends is told."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from strategies import refused
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from coverfast.bench import suite
+from coverfast.bench.suite import STAGES, Outcome, commands, run
+from coverfast.cli.main import app
+
+BENCH = get_command(app).commands["bench"].commands
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("asked", [{}, {"dtype": "float32", "sizes": [(64, 64), (32, 32, 32)], "against": ["eager A"]}])
+def test_stages_are_commands_with_options_that_they_take(device, asked):
+    stages = commands(device, **asked)
+    assert {words[0] for words in stages.values()} >= {
+        "mov",
+        "warp",
+        "compose",
+        "head",
+        "vpa",
+        "step",
+        "data",
+        "static",
+    }
+    for name, (op, *options) in stages.items():
+        context = BENCH[op].make_context(op, [*options, "--save", "x.json"])  # raises where an option is none
+        found = context.params
+        if asked and "against" in found and op in ("mov", "vpa", "head"):
+            assert found["against"] == ["eager A"], name
+        if asked and op in ("mov", "warp", "head", "vpa", "losses", "views"):
+            assert [tuple(size) for size in found["sizes"]] == asked["sizes"], name
+        if asked and op in ("mov", "vpa"):
+            assert found["dtype"] == "float32"
+        if not asked and op in ("mov", "step", "head") and device == "cuda":
+            assert "paper" in str(found.get("preset")) or "128" in str(found["sizes"]) or "384" in str(found["sizes"])
+
+
+def test_variants_go_where_they_are_known():
+    stages = commands("cpu", against=["published A", "grid_sample"])
+    with_names = {name: words for name, words in stages.items() if "--against" in words}
+    assert {words[0] for words in with_names.values()} == {"step", "warp"}
+    assert with_names["step"][-4:] == ["--against", "published A", "--device", "cpu"]
+
+
+def stand_in(monkeypatch, tmp_path: Path, code: str) -> None:
+    """Instead of the command line."""
+    package = tmp_path / "site/coverfast"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "__main__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.chdir(tmp_path)  # where a process starts comes first
+
+
+WAYS = """
+import sys, time, pathlib
+pathlib.Path(sys.argv[-1]).write_text(" ".join(sys.argv[1:-1]))
+{"good": lambda: None, "bad": lambda: sys.exit(1), "late": lambda: time.sleep(60)}[sys.argv[2]]()
+"""
+
+
+def test_what_fails_or_takes_too_long_leaves_the_rest(monkeypatch, tmp_path):
+    stand_in(monkeypatch, tmp_path, WAYS)
+    told: list[str] = []
+    stages = {"one": ["bad"], "two": ["good", "--device", "cpu"], "three": ["late"], "four": ["good"]}
+    found = list(run(stages, tmp_path, 0.05, told.append))
+    assert [(o.name, o.how) for o in found] == [
+        ("one", "failed"),
+        ("two", "done"),
+        ("three", "cut off"),
+        ("four", "skipped"),
+    ]
+    assert told == ["one", "two", "three"]
+    assert (tmp_path / "two.json").read_text() == "bench good --device cpu --save"
+    assert (tmp_path / "three.json").exists()  # what it had by then stays
+    assert not (tmp_path / "four.json").exists()
+    assert 2 < found[2].seconds < 4
+
+
+def test_command(monkeypatch, tmp_path):
+    seen = {}
+
+    def pretend(stages, folder, minutes, tell):
+        seen.update(stages=stages, folder=folder, minutes=minutes)
+        for number, name in enumerate(stages):
+            tell(name)
+            yield Outcome(name, "failed" if number else "done", 3.0, folder / f"{name}.json")
+
+    monkeypatch.setattr(suite, "run", pretend)
+    command = ["bench", "all", "--device", "cpu", "--only", "mov", "--only", "warp", "--save", str(tmp_path)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    assert list(seen["stages"]) == ["mov", "warp"]
+    assert seen["folder"].parent == tmp_path
+    assert seen["folder"].name.startswith("cpu-")
+    assert "[2/2] coverfast bench warp" in done.output
+    assert "1 of 2 stages are not done: warp" in done.output
+    with refused("only", "mov-windows"):
+        CliRunner().invoke(app, ["bench", "all", "--device", "cpu", "--only", "all"], catch_exceptions=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_real_stage(tmp_path):
+    command = ["bench", "all", "--device", "cpu", "--only", "compose", "--sizes", "8,8", "--dtype", "float32", "--save"]
+    done = CliRunner().invoke(app, [*command, str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    (file,) = tmp_path.rglob("*.json")
+    saved = json.loads(file.read_text())
+    assert (saved["bench"], file.name) == ("compose", "compose.json")
+    assert saved["provenance"]["command"].startswith("coverfast bench compose --sizes 8,8 --device cpu --save")
+
+
+def test_every_device_has_every_benchmark():
+    assert set(STAGES) == {"cpu", "cuda"}
+    for stages in STAGES.values():
+        assert all("--save" not in words for words in stages.values())
