@@ -15,7 +15,14 @@ from coverfast.bench.step_variants import PUBLISHED
 
 _SMALL = ("--preset", "small-2d", "--preset", "small-3d")
 _PAPER = ("--preset", "paper-3d", "--preset", "paper-2d")
+#: What takes minutes to compile, beside what it is compared with.
+_LATE = ("coverfast torch", "eager A", "compiled A", "FlexAttention")
 _OTHERS = ("warp", "compose", "head", "losses", "views", "norm")
+
+
+def _against(*names: str) -> tuple[str, ...]:
+    return tuple(word for name in names for word in ("--against", name))
+
 
 #: By device: the name of the file, then the benchmark and its options. On a GPU the sizes are the paper's.
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -25,11 +32,12 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "step": ("step", *_SMALL, "--repeats", "3", "--profile"),
         **{op: (op, *_SMALL) for op in _OTHERS},
         "mov-windows": ("mov", "--sizes", "192,192", "--window", "3,5,7,9,11"),
+        "mov-compiled": ("mov", "--sizes", "192,192", "--window", "3,5", *_against(*_LATE)),
         "data": ("data", "--formats", "--large"),
-        "static": ("static",),
+        "static": ("static", "--target", "sm_90"),
     },
     "cuda": {
-        "mov": ("mov", *_PAPER, "--repeats", "20", "--against", "coverfast triton", "--against", "eager A"),
+        "mov": ("mov", *_PAPER, "--repeats", "20", *_against("coverfast triton", "eager A", "eager B")),
         "step-3d": ("step", "--preset", "paper-3d", "--repeats", "3", "--profile"),
         "step-2d": ("step", "--preset", "paper-2d", "--repeats", "3", "--profile"),
         "vpa": ("vpa", "--repeats", "3"),
@@ -76,7 +84,7 @@ def commands(
             options += [word for size in sizes for word in ("--sizes", ",".join(map(str, size)))]
         known = [variant for variant in against if variant in variants(op)]
         if known:
-            options = [*_without(options, "--against"), *(w for variant in known for w in ("--against", variant))]
+            options = [*_without(options, "--against"), *_against(*known)]
         if dtype is not None and op in _TAKES["dtype"]:
             options += ["--dtype", dtype]
         if op in _TAKES["device"]:
@@ -112,7 +120,9 @@ def run(stages: dict[str, list[str]], folder: Path, minutes: float, tell: Callab
     """
     end = time.monotonic() + 60 * minutes
     for name, arguments in stages.items():
-        file, begun = folder / f"{name}.json", time.monotonic()
+        # Counts of the compiler are of no device.
+        place = folder.parent / "compiler" if arguments[0] == "static" else folder
+        file, begun = place / f"{name}.json", time.monotonic()
         if begun >= end:
             yield Outcome(name, "skipped", 0.0, file)
             continue

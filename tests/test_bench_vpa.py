@@ -77,7 +77,7 @@ def test_the_figure_of_the_paper():
     assert direct["flops"] / five["flops"] == pytest.approx(49.9, abs=0.05)  # all five levels, which see 249
     flat = [p["flops"] for p, _ in facts((384, 384), 9).values()]
     assert flat[3] / flat[0] < 2.2
-    assert all(a < b for a, b in zip(flat, flat[1:], strict=False))
+    assert flat == sorted(set(flat))
 
 
 # --- what is computed ------------------------------------------------------------------------------------------------
@@ -106,21 +106,8 @@ def test_a_template_of_another_width_is_seen():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_command_prints_and_saves(tmp_path):
     file = tmp_path / "vpa.json"
-    command = [
-        "bench",
-        "vpa",
-        "--sizes",
-        "16,16",
-        "--window",
-        "3",
-        "--levels",
-        "1",
-        "--repeats",
-        "1",
-        "--device",
-        "cpu",
-        "--against",
-    ]
+    options = "--sizes 16,16 --window 3 --levels 1 --repeats 1 --device cpu"
+    command = ["bench", "vpa", *options.split(), "--against"]
     done = CliRunner().invoke(app, [*command, "coverfast torch", "--save", str(file)], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     for words in ("with projections", "without projections", "3 x 3 (1)", "GFLOP", "exponentials", "torch 2"):
