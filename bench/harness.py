@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coverfast.bench.measure import captured, reason, timed
+from coverfast.bench.measure import captured, reason, timed, total_memory
 from coverfast.bench.prepared import Here, Prepared, Runs, Version
 from coverfast.bench.problems import Case, Work
 from coverfast.bench.rates import Rates, rates
@@ -116,7 +116,8 @@ def measure_together(
             for name in chosen if names else default_names(mine.case, device):
                 for revision, place in (there if name.startswith(OURS) else there[:1]) or [("", mine)]:
                     label = f"{name} @ {revision}" if revision else name
-                    measured.look_at((number, label), place, name, device, repeats, seconds)
+                    needs = mine.case.variants[name].needs
+                    measured.look_at((number, label), place, name, device, repeats, seconds, needs)
         measured.time(measured.ready, repeats, device, seconds)
         if device == "cuda" and not versions:
             measured.graph([key for key in measured.forward if key[1] in GRAPHED], cases, repeats)
@@ -141,9 +142,14 @@ class _Measured:
     forward: dict[Key, list[float]] = field(default_factory=dict)
     both: dict[Key, list[float]] = field(default_factory=dict)
 
-    def look_at(self, key: Key, there: Prepared, name: str, device: str, repeats: int, seconds: float) -> None:
+    def look_at(
+        self, key: Key, there: Prepared, name: str, device: str, repeats: int, seconds: float, needs: float
+    ) -> None:
         """Error and memory of a variant; a baseline may fail in any way."""
         self.keys.append(key)
+        if needs > total_memory(device):
+            self.notes[key] = f"does not fit: needs {needs / 1e9:.0f} GB at least"
+            return
         try:
             # On a CPU memory comes first, and from another process: what does not fit would end this one.
             extra = there.growth(name, repeats, seconds) if device == "cpu" else None

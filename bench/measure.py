@@ -26,8 +26,8 @@ Name = TypeVar("Name", bound=Hashable)
 # --- time --------------------------------------------------------------------------------------------------------
 
 
-#: Milliseconds after which a run is too long for what is set up in a first one to matter: it counts from the first.
-LONG = 5e3
+#: Milliseconds of warming up that are enough.
+WARM = 1e3
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,21 @@ def timed(
     """
     found: dict[Name, list[float]] = {name: [] for name in calls}
     once = event_ms if device == "cuda" else clock_ms
-    order, shuffle = list(calls), random.Random(0).shuffle
+    order, shuffle, warmed = list(calls), random.Random(0).shuffle, dict.fromkeys(calls, 0.0)
     for turn in range(-3 if device == "cuda" else -1, repeats):
         shuffle(order)
         for name in order:
-            if name in notes or sum(found[name]) >= 1e3 * seconds:
+            if name in notes or sum(found[name]) >= 1e3 * seconds or (turn < 0 and warmed[name] >= WARM):
                 continue
             try:
                 taken = once(calls[name])
             except Exception as error:
                 notes[name] = reason(error)
                 continue
-            if turn >= 0 or taken >= LONG:  # before that it is warming up
+            if turn >= 0:
                 found[name].append(taken)
+            else:
+                warmed[name] += taken
     return {name: times for name, times in found.items() if name not in notes}
 
 
@@ -190,6 +192,11 @@ def available_memory() -> int:
     """Bytes of memory that a process can still get without swapping (Linux)."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+
+
+def total_memory(device: str) -> int:
+    """Bytes of memory of a GPU, or those of the host that are available."""
+    return torch.cuda.get_device_properties(0).total_memory if device == "cuda" else available_memory()
 
 
 def high_water_mark(*, reset: bool = False) -> float:

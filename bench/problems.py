@@ -128,12 +128,14 @@ class Variant:
         cpu: whether it is measured on a CPU without being asked for.
         margin: pixels along each axis next to the border, where it means something else than the definition: there
             outputs are not compared, nor gradients twice as far in and one pixel more.
+        needs: bytes that it cannot do without: where a device has less it is not tried.
     """
 
     call: Callable[..., Any]
     prepare: Callable[..., Sequence[Tensor]] | None = None
     cpu: bool = True
     margin: tuple[int, ...] = ()
+    needs: float = 0.0
 
     def ready(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the call takes."""

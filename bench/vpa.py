@@ -66,7 +66,10 @@ def _case(form: str, levels: list[Level], facts: Mapping[str, Any], layout: str)
     n, maps = len(at.size), [f"features {level}" for level in range(len(levels))]
     weights = [name for name, _ in pyramid_of(of, "torch").named_parameters()] if projected else []
     find = pyramid_field if projected else _matched
-    others = {f"eager {name}": Variant(partial(eager_field, of, name)) for name in EAGER}
+    # Scores of all taps are kept for the backward, by B the products with all channels: two bytes a number at least.
+    scores = 2.0 * sum(level.taps for level in levels)
+    needs = {"A": scores, "B": _WIDTH * scores}
+    others = {f"eager {name}": Variant(partial(eager_field, of, name), needs=needs[name]) for name in EAGER}
     variants = {
         "coverfast triton": Variant(partial(find, of, impl="triton"), cpu=False),
         "coverfast torch": Variant(partial(find, of, impl="torch")),

@@ -58,9 +58,11 @@ def vpa(
     from coverfast.bench.provenance import write_results
     from coverfast.bench.rates import rates
     from coverfast.bench.vpa import SERIES, SIZES, pairs
-    from coverfast.checks import check_choice, check_window
+    from coverfast.checks import check_choice, check_window, require
     from coverfast.geometry import level_size
+    from coverfast.kernels import INTERPRETED
 
+    require(not INTERPRETED, "bench times kernels and cannot with TRITON_INTERPRET set; unset it")
     device = device_named(device)
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
     check_choice("dtype", dtype, DTYPES)

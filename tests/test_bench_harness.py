@@ -187,6 +187,20 @@ def test_what_does_not_fit_is_told_and_ends_nothing(monkeypatch):
     assert large.ms is slow.ms is large.extra_mb is slow.extra_mb is None
 
 
+def test_what_cannot_fit_is_not_tried(no_processes):
+    tried: list[str] = []
+
+    def vast(q: Tensor, k: Tensor) -> Tensor:
+        tried.append("vast")
+        return plain(q, k)
+
+    ours, other = measure(planted((8, 8), vast=Variant(vast, needs=5e15)), "cpu", torch.float32, 1)
+    assert ours.ms > 0
+    assert other.note == "does not fit: needs 5000000 GB at least"
+    assert other.error is other.ms is None
+    assert tried == []
+
+
 def test_a_process_says_why_it_has_ended():
     with pytest.raises(RuntimeError, match="in a fresh process: ValueError"):
         process_growth(float, "no number", repeats=1)
@@ -194,12 +208,24 @@ def test_a_process_says_why_it_has_ended():
         process_growth(bytearray, 10**15, repeats=1)
 
 
-def test_long_runs_are_few_and_need_no_warming_up():
-    calls = {"long": lambda: Elapsed(measuring.LONG), "short": lambda: Elapsed(1.0)}
+def test_long_runs_are_few():
+    calls = {"long": lambda: Elapsed(5e3), "short": lambda: Elapsed(1.0)}
     found = timed(calls, 10, "cpu", {}, seconds=12.0)
-    assert len(found["long"]) == 3  # the first one counts; after three 12 s are over
-    assert len(found["short"]) == 10
-    assert len(timed(calls, 10, "cpu", {}, seconds=inf)["long"]) == 11
+    assert {name: len(times) for name, times in found.items()} == {"long": 3, "short": 10}
+
+
+@pytest.mark.parametrize(("ms", "expected"), [(10.0, 3), (400.0, 3), (600.0, 2), (1e4, 1)])
+def test_the_first_runs_warm_up_and_do_not_count(ms, expected, monkeypatch):
+    """Three on a GPU, or a second."""
+    count = [0]
+
+    def call() -> Elapsed:
+        count[0] += 1
+        return Elapsed(ms if count[0] > 1 else ms + 1)
+
+    monkeypatch.setattr(measuring, "event_ms", measuring.clock_ms)
+    assert timed({"": call}, 4, "cuda", {}) == {"": [ms] * 4}
+    assert count[0] == expected + 4
 
 
 # --- floors ----------------------------------------------------------------------------------------------------------
