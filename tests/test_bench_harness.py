@@ -6,7 +6,6 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from math import inf
 
 import pytest
 import torch
