@@ -13,13 +13,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 import coverfast
-from coverfast.bench.measure import Elapsed, NoRoom, clock_ms, event_ms
+from coverfast.bench.measure import Elsewhere, NoRoom, clock_ms, event_ms, reason
 from coverfast.bench.prepared import Here, Prepared, Runs
 from coverfast.bench.problems import Case
 from coverfast.checks import InputError, require
@@ -49,14 +50,15 @@ def versions(revision: str) -> Iterator[tuple[Revision, Revision]]:
     with tempfile.TemporaryDirectory() as place:
         tree = Path(place) / "tree"
         _git(root, "worktree", "add", "--detach", str(tree), commit)
-        sites = {"": root, revision: tree}
+        require((tree / "coverfast").is_dir(), f"base must be a revision that git can check out here, got {revision!r}")
+        sites = {"": root, commit: tree}
         try:
             with ExitStack() as stack:
                 found = []  # both begin before either is waited for
                 for number, (name, source) in enumerate(sites.items()):
                     site = _link(source, Path(place) / str(number))
-                    found.append((name, stack.enter_context(_child(site))))
-                mine, theirs = (Revision(*pair) for pair in found)
+                    found.append((name, stack.enter_context(_child(site)), _said(site)))
+                mine, theirs = (Revision(*version) for version in found)
                 yield mine, theirs
         finally:
             _git(root, "worktree", "remove", "--force", str(tree))
@@ -83,9 +85,12 @@ def _link(tree: Path, site: Path) -> Path:
 def _child(site: Path) -> Iterator[subprocess.Popen[bytes]]:
     path = os.pathsep.join([str(site), *(p for p in sys.path if p and Path(p).resolve() != _HERE.parent)])
     command = [sys.executable, "-c", "from coverfast.bench.base import serve; serve()"]
-    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # Begun elsewhere: the folder that a process starts in would be looked through first.
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, cwd=site, **options) as process:
+    options: dict[str, Any] = {"env": os.environ | {"PYTHONPATH": path}, "cwd": site}
+    with (
+        _said(site).open("wb") as said,  # a pipe that nobody reads would fill up
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, **options) as process,
+    ):
         try:
             yield process
         finally:
@@ -94,11 +99,16 @@ def _child(site: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.terminate()
 
 
+def _said(site: Path) -> Path:
+    """What a process says beside its answers."""
+    return site / "said.txt"
+
+
 class Revision:
     """The library at a revision, the one of this code without a name, in its process. See `prepared.Version`."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes]) -> None:
-        self.name, self._process = name, process
+    def __init__(self, name: str, process: subprocess.Popen[bytes], said: Path) -> None:
+        self.name, self._process, self._said = name, process, said
         self.file: str = self.ask("file")
 
     def ask(self, what: str, *arguments: Any) -> Any:
@@ -111,14 +121,19 @@ class Revision:
             to.flush()
             answer, failed = pickle.load(back)
         except (OSError, EOFError):
-            said = self._process.stderr.read().decode().strip().splitlines() if self._process.stderr else []
-            last = said[-1] if said else f"its process ended with {self._process.wait()}"
+            code = self._process.wait()
+            lines = self._said.read_text(errors="replace").strip().splitlines()
+            last = lines[-1] if lines else f"its process ended with {code}"
             raise InputError(
                 f"base must be a revision that today's benchmarks run with, got {self.name}: {last}"
             ) from None
         if failed:
             raise answer
         return answer
+
+    def forget(self) -> None:
+        """All cases so far, and the memory that they hold."""
+        self.ask("forget")
 
     def prepared(self, case: Case, device: str, dtype: torch.dtype) -> Prepared:
         """A case there."""
@@ -143,12 +158,9 @@ class There:
         """What is timed, by the clock of that process."""
         both, written = self.revision.ask("runs", self.number, name)
 
-        def forward() -> Elapsed:
-            return Elapsed(self.revision.ask("time", self.number, name, False))
-
-        def backward() -> Elapsed:
-            return Elapsed(self.revision.ask("time", self.number, name, True))
-
+        forward, backward = (
+            Elsewhere(partial(self.revision.ask, "time", self.number, name, way)) for way in (False, True)
+        )
         return Runs(forward, backward if both else None, written)
 
 
@@ -158,7 +170,8 @@ class There:
 def serve() -> None:
     """Answer on the standard output what is asked on the standard input, until it is closed."""
     answers, service = sys.stdout.buffer, _Service()
-    with redirect_stdout(sys.stderr):  # whatever else is printed must not get between
+    # Whatever else is printed must not get between; as in the harness, every shape is a graph of its own.
+    with redirect_stdout(sys.stderr), torch._dynamo.config.patch(recompile_limit=256):
         while True:
             try:
                 what, arguments = pickle.load(sys.stdin.buffer)
@@ -170,11 +183,8 @@ def serve() -> None:
 def _answer(service: _Service, what: str, arguments: tuple[Any, ...], to: BinaryIO) -> None:
     try:
         answer = getattr(service, what)(*arguments), False
-    except (NoRoom, torch.cuda.OutOfMemoryError) as error:
-        answer = NoRoom(str(error).splitlines()[0]), True
     except Exception as error:
-        lines = str(error).splitlines() or [""]
-        answer = RuntimeError(f"{type(error).__name__}: {lines[0]}"), True
+        answer = NoRoom(reason(error)), True
     pickle.dump(answer, to)
     to.flush()
 
@@ -186,6 +196,9 @@ class _Service:
 
     def file(self) -> str:
         return str(coverfast.__file__)
+
+    def forget(self) -> None:
+        self.cases, self.ready = [], {}
 
     def prepare(self, case: Case, device: str, dtype: torch.dtype) -> int:
         self.cases.append(Here(case, device, dtype))

@@ -70,7 +70,12 @@ def _of_floor(row: Row) -> float | None:
 
 
 _NOTE = words("note")
-_TIMES = (_value("forward ms", "forward_ms"), _value("fwd + bwd ms", "both_ms"), _value("spread", "spread_ms"))
+_TIMES = (
+    _value("forward ms", "forward_ms"),
+    _value("fwd + bwd ms", "both_ms"),
+    _value("spread", "spread_ms"),
+    Column("runs", lambda row: row.get("runs") or None),
+)
 
 
 def _operator_columns(rows: Sequence[Row]) -> list[Column]:

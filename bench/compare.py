@@ -143,7 +143,8 @@ def _spread(row: Row, key: str, value: float) -> float:
     if key == "warm":
         low, high = row.get("warm_spread") or (0.0, 0.0)
         return float(high - low)
-    spread = (FIGURES[key].timed and row.get("spread_ms")) or 0.0
+    own = "forward_spread_ms" if key == "forward_ms" and "forward_spread_ms" in row else "spread_ms"
+    spread = (FIGURES[key].timed and row.get(own)) or 0.0
     if key == "images_per_s":
         return float(spread * value / row["step_ms"]) if row.get("step_ms") else 0.0
     return float(spread)
@@ -242,11 +243,14 @@ def _turned(before: Sequence[Row], after: Sequence[Row]) -> list[Ratio]:
 
 
 class Comparison(NamedTuple):
-    """Of two files: ratios, worst first; drift, None without baselines; names of the rows that only one file has."""
+    """Of two files: ratios, worst first; drift, None without baselines; names of the rows that only one file has, and
+    of those of ours that only the first one has.
+    """
 
     ratios: list[Ratio]
     drift: float | None
     only_before: list[str]
+    lost: list[str]
     only_after: list[str]
 
 
@@ -274,4 +278,5 @@ def compare(before: Results, after: Results, *, anyway: bool = False) -> Compari
     only = [
         [called(row) for key, row in one.items() if key not in two] for one, two in ((keys, others), (others, keys))
     ]
-    return Comparison(ratios(before.rows, after.rows, found or (1.0 if same else None)), found, *only)
+    lost = [called(row) for key, row in keys.items() if key not in others and is_ours(row)]
+    return Comparison(ratios(before.rows, after.rows, found or (1.0 if same else None)), found, only[0], lost, only[1])

@@ -66,10 +66,7 @@ def _facts(level: Level, layout: str) -> dict[str, Any]:
 
 
 def mov_cases(levels: Sequence[Level], layout: str) -> list[Case]:
-    """Every level.
-
-    What it takes is `mov_work`.
-    """
+    """Every level, its floor by `mov_work`."""
     cases = []
     for at in levels:
         options: dict[str, Any] = {"window": at.window, "groups": at.groups}
@@ -79,7 +76,8 @@ def mov_cases(levels: Sequence[Level], layout: str) -> list[Case]:
             "compiled A": Variant(partial(eager.mov_compiled, **options), cpu=False),
             "FlexAttention": Variant(partial(eager.mov_flex, **options), cpu=False),
         }
-        if natten.available():
+        # The grid of the check must have an interior.
+        if natten.available() and all(min(s, 24) > 2 * w for s, w in zip(at.size, at.window, strict=True)):
             margin = natten.margin(at.window).queries
             others["NATTEN, interior"] = Variant(partial(natten.mov_natten, **options), cpu=False, margin=margin)
         inputs, ours = {"q": "keys", "k": "keys"}, partial(mov, **options)

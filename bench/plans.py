@@ -110,13 +110,17 @@ LAUNCHES: dict[str, Callable[[Case, Sequence[Tensor], Architecture], Iterator[La
 }
 
 
+def _on_gpu() -> Tensor:
+    return torch.empty(0, device="cuda")
+
+
 def shared_numbers(case: Case, dtype: torch.dtype) -> dict[str, int]:
     """What `kernels.launch.override` needs for `mov` to run on a small grid what it runs on the whole one on this GPU.
 
     The other kernels depend on the size along x alone, which a check on a GPU leaves whole.
     """
-    if case.op != "mov":
+    if case.op != "mov":  # a pyramid has several
         return {}
-    on = architecture_of(torch.empty(0, device="cuda"))
+    on = architecture_of(_on_gpu())
     launch = next(mov_launches(case, case.make("meta", dtype, None, 0), on))
     return {"rows": launch.constants["ROWS"], "tile": launch.constants["TILE"], "warps": launch.warps}

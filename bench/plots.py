@@ -70,7 +70,7 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
 def _why(row: Row) -> str:
     """A note in few words."""
     note = str(row.get("note") or "not measured")
-    return "does not fit" if "memory" in note.lower() or "fit" in note else note.partition(":")[0][:24]
+    return "does not fit" if note.startswith("does not fit") else note.partition(":")[0][:24]
 
 
 def _frame(axes: Axes, title: str) -> None:

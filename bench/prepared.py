@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +76,7 @@ class Here:
         """See `Prepared`."""
         if self.device == "cpu":
             job = self.case.make, self.case.variants[name], self.case.backward, self.dtype
-            return process_growth(growth, *job, repeats=min(3, repeats), seconds=seconds)
+            return process_growth(growth, *job, min(3, repeats), repeats=1, seconds=seconds)
         ready = self.runs(name)
         return device_growth(ready.both or ready.forward)
 
@@ -109,8 +111,10 @@ def _full_precision() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def growth(make: Callable[..., list[Tensor]], variant: Variant, backward: bool, dtype: torch.dtype) -> float:
-    """In a process of its own: how far one forward and backward lifts the high-water mark, in MB."""
+def growth(
+    make: Callable[..., list[Tensor]], variant: Variant, backward: bool, dtype: torch.dtype, repeats: int
+) -> float:
+    """In a process of its own: how far one forward and backward lifts the high-water mark, in MB, median of some."""
 
     def run(limit: int | None) -> float:
         ready = variant.ready(make("cpu", dtype, limit, 0))
@@ -121,13 +125,23 @@ def growth(make: Callable[..., list[Tensor]], variant: Variant, backward: bool, 
         return high_water_mark() - before
 
     run(8)  # what a first call loads is not the call's memory
-    return run(None)
+    begun, found = time.perf_counter(), list[float]()
+    while len(found) < repeats and (not found or time.perf_counter() - begun < _ENOUGH):
+        found.append(run(None))
+    return statistics.median(found)
+
+
+#: Seconds after which no further growth is measured: those of long runs vary little.
+_ENOUGH = 5.0
 
 
 class Version(Protocol):
     """A version of the library in another process, see `coverfast.bench.base`. That of this code has no name."""
 
     name: str
+
+    def forget(self) -> None:
+        """All cases so far."""
 
     def prepared(self, case: Case, device: str, dtype: torch.dtype) -> Prepared:
         """A case there."""

@@ -47,6 +47,13 @@ class Level:
         """Taps of all pixels and groups, those out of the grid included."""
         return self.batch * prod(self.size) * self.groups * prod(self.window)
 
+    @property
+    def taps_inside(self) -> int:
+        """Those in the grid: along an axis of S pixels there are S - |o| at offset o."""
+        reach = [min(w // 2, s - 1) for s, w in zip(self.size, self.window, strict=True)]
+        along = [s * (2 * r + 1) - r * (r + 1) for s, r in zip(self.size, reach, strict=True)]
+        return self.batch * self.groups * prod(along)
+
     def at_most(self, limit: int | None, *, whole_x: bool = False) -> Level:
         """The same on a grid of at most `limit` pixels an axis, but maybe x, for two samples at most."""
         if limit is None:
@@ -113,10 +120,11 @@ class Work:
 
 
 def mov_work(level: Level) -> tuple[Work, Work]:
-    """Of `mov`, forward and backward: `d + 3` and `4 d + 7` multiply-adds a tap (a dot product, a weight into sum and
-    mean; two gradients of `d` channels, each with its weight recomputed), one exponential in each of three passes.
+    """Of `mov`, forward and backward: `d + 3` and `4 d + 7` multiply-adds a tap in the grid (a dot product, a weight
+    into sum and mean; two gradients of `d` channels, each with its weight recomputed), one exponential in each of three
+    passes.
     """
-    d, taps = level.channels // level.groups, float(level.taps)
+    d, taps = level.channels // level.groups, float(level.taps_inside)
     return Work((d + 3) * taps, taps), Work((4 * d + 7) * taps, 2 * taps)
 
 
@@ -125,7 +133,7 @@ class Variant:
     """One way to compute a case, `call(*prepare(*inputs))`, of which only the call is timed.
 
     Attributes:
-        cpu: whether it is measured on a CPU without being asked for.
+        cpu: whether it is measured on a CPU without being asked for. gpu: the same of a GPU.
         margin: pixels along each axis next to the border, where it means something else than the definition: there
             outputs are not compared, nor gradients twice as far in and one pixel more.
         needs: bytes that it cannot do without: where a device has less it is not tried.
@@ -134,6 +142,7 @@ class Variant:
     call: Callable[..., Any]
     prepare: Callable[..., Sequence[Tensor]] | None = None
     cpu: bool = True
+    gpu: bool = True
     margin: tuple[int, ...] = ()
     needs: float = 0.0
 

@@ -1,8 +1,7 @@
-"""What a device can do, measured when a benchmark begins: the floors beside its results are made of these."""
+"""What a device can do at best, measured when a benchmark begins: the floors beside its results are made of these."""
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,12 +13,13 @@ from coverfast.training.estimate import matrix_rate
 
 @dataclass(frozen=True)
 class Rates:
-    """Medians of a few runs, each a second.
+    """A second's, of the best of a few runs.
 
     Attributes:
-        copy: bytes read and written by a copy that no cache holds.
+        copy: bytes read and written by a copy of half a GB or more, which few caches hold.
         matrix: FLOP of products of large matrices, by dtype; on a GPU float32 is what convolutions make of it, TF32.
-        multiply_add: the same in plain float32, which no matrix unit does on a GPU: two FLOP a multiply-add.
+        multiply_add: the same in plain float32, which no matrix unit does on a GPU: two FLOP a multiply-add. What a
+            library of matrix products reaches, some percent below what the units could.
         exponential: of float32 numbers that caches or registers hold.
     """
 
@@ -42,10 +42,9 @@ def rates(device: str, dtype: torch.dtype) -> Rates:
 @cache
 def copy_rate(device: str) -> float:
     """Bytes a second, read and written, that a copy moves on this device."""
-    source = torch.zeros(2**30 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    source = torch.zeros(2**30 if device == "cuda" else 2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = timed({"": lambda: target.copy_(source)}, 10, device, {})[""]
-    return 2e3 * source.nbytes / statistics.median(times)
+    return 2e3 * source.nbytes / min(timed({"": lambda: target.copy_(source)}, 10, device, {})[""])
 
 
 @cache
@@ -60,5 +59,4 @@ def exponential_rate(device: str) -> float:
         x = torch.linspace(-8, 0, 2**18)
         out = torch.empty_like(x)
         count, call = 16 * x.numel(), lambda: [torch.exp(x, out=out) for _ in range(16)]
-    times = timed({"": call}, 20, device, {})[""]
-    return 1e3 * count / statistics.median(times)
+    return 1e3 * count / min(timed({"": call}, 20, device, {})[""])

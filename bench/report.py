@@ -39,12 +39,13 @@ that it is "more than 52 times" that at 121 x 121; the text names neither the un
 Counted from the definitions, two FLOP for each product of a tap with its key's 8 channels and its offset's components,
 and the projections of both views, the four finest levels at N = 9, which see 121 pixels, take 2,802 multiply-adds a
 pixel and the direct template 146,922: 52.4 times, the paper's figure. (All five levels see 249 pixels and leave 49.9;
-at N = 7 it would be 60.3.) On 256 x 256 pixels the pyramid's are 0.09, 0.12, 0.16 and 0.18 G multiply-adds for one to
-four levels: 0.2 to one digit where it matters, but not constant, it doubles. More than half of them are projections;
+with all five at N = 7, which see 187, it is 60.3.) On 256 x 256 pixels, our guess, the pyramid's are 0.09, 0.12, 0.16
+and 0.18 G multiply-adds for one to four levels: 0.2 to one digit in the end, but not constant, it doubles. (On the
+paper's crop of 384 x 384 it would be 0.19 to 0.41.) More than half of them are projections;
 without these it is 115.7 times, and the pyramid grows by 1.56, as a level has a quarter of the pixels of the one below.
 The direct template grows with the square of its width, in 3D with the cube. Times and bytes need not follow: where
 windows are narrow the calls and the memory around the products take longer than those, and taps outside of the grid
-count as FLOP but cost ours nothing.
+count as FLOP though ours skips their products.
 """
 
 

@@ -66,13 +66,13 @@ def _case(form: str, levels: list[Level], facts: Mapping[str, Any], layout: str)
     n, maps = len(at.size), [f"features {level}" for level in range(len(levels))]
     weights = [name for name, _ in pyramid_of(of, "torch").named_parameters()] if projected else []
     find = pyramid_field if projected else _matched
-    # Scores of all taps are kept for the backward, by B the products with all channels: two bytes a number at least.
-    scores = 2.0 * sum(level.taps for level in levels)
-    needs = {"A": scores, "B": _WIDTH * scores}
+    # Scores of all taps, once each and once stacked, and by B the products with all channels: two bytes a number.
+    scores = 2 * 2.0 * sum(level.taps for level in levels)
+    needs = {"A": scores, "B": _WIDTH * scores / 2}
     others = {f"eager {name}": Variant(partial(eager_field, of, name), needs=needs[name]) for name in EAGER}
     variants = {
         "coverfast triton": Variant(partial(find, of, impl="triton"), cpu=False),
-        "coverfast torch": Variant(partial(find, of, impl="torch")),
+        "coverfast torch": Variant(partial(find, of, impl="torch"), gpu=False),
     }
     numbers = {"flops": flops(levels, projected=projected), "exponentials": sum(float(level.taps) for level in levels)}
     numbers |= {"counted": counted_flops(of, projected=projected)}
@@ -81,7 +81,7 @@ def _case(form: str, levels: list[Level], facts: Mapping[str, Any], layout: str)
     grid = " x ".join(map(str, at.size))
     return Case(
         f"{grid} N={facts['window']} m={facts['levels']} {form}" + (" with projections" if projected else ""),
-        "mov",
+        "vpa",
         {"shape": (at.batch, at.channels, *at.size), "form": form, **facts, **numbers},
         at,
         (*maps, *weights),

@@ -17,7 +17,7 @@ def all_(
     sizes: Sizes = [],  # noqa: B006
     against: Against = [],  # noqa: B006
     device: Device = "auto",
-    dtype: Annotated[str | None, typer.Option(help="of all that have a choice; default bfloat16 on a GPU")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of what has it; default bfloat16 on a GPU")] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0.1, help="in which to stay: what is left is skipped; default 8 on a GPU")
     ] = None,
@@ -51,7 +51,7 @@ def all_(
 
     for outcome in run(stages, folder, limit, tell):
         done.append(outcome)
-    rows = [(o.name, o.how, f"{o.seconds:.0f}", str(o.file) if o.file.exists() else "-") for o in done]
+    rows = [(o.name, o.how, f"{o.seconds:.0f}", str(o.file or "-")) for o in done]
     print_table(f"Everything on {device}", ("stage", "how it ended", "seconds", "results"), rows, text=2)
     print(f"coverfast bench report {save}  # pages and pictures of these")
     if failed := [o.name for o in done if o.how != "done"]:

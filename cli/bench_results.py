@@ -35,8 +35,12 @@ def compare(
         print("Times are as measured: the files have no baselines in common to tell how the machine has drifted.")
     else:
         print("No times are compared.")
-    if worse := regressions(found.ratios, threshold):
+    worse = regressions(found.ratios, threshold)
+    if worse:
         print(f"{len(worse)} figures of ours are worse by more than {threshold:g}; the worst is {worse[0]}")
+    if found.lost:
+        print(f"{len(found.lost)} rows of ours are no longer there, the first: {found.lost[0]}")
+    if worse or found.lost:
         raise typer.Exit(1)
 
 

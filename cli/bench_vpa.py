@@ -35,7 +35,7 @@ def vpa(
     window: Annotated[
         Any, typer.Option(parser=ints, metavar="INTS", help="N of the pyramid; default 9,5 in 2D and 5 in 3D")
     ] = None,
-    levels: Annotated[int | None, typer.Option(min=1, max=5, help="finest levels m at most")] = None,
+    levels: Annotated[int | None, typer.Option(min=1, max=5, help="levels, from 1 to m; default 4 or 5")] = None,
     against: Against = [],  # noqa: B006
     device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="default bfloat16 on a GPU, else float32")] = None,
@@ -71,7 +71,7 @@ def vpa(
     for size in sizes or SIZES[device].values():
         known = dict(SERIES[len(size)])
         chosen = {n: known.get(n, 4) for n in window} if window else known
-        series = [(check_window(n, len(size))[0], min(most, levels or most)) for n, most in chosen.items()]
+        series = [(check_window(n, len(size))[0], levels or most) for n, most in chosen.items()]
         level_size(size, max(m for _, m in series))
         jobs += pairs(size, "channels_last" if device == "cuda" else "contiguous", series)
     for name in against:
@@ -94,16 +94,17 @@ def _show(results: Sequence[Result]) -> None:
         pyramids = {(r.facts["levels"], r.variant): r for r in mine if r.facts["form"] == "pyramid"}
         rows = []
         for r in mine:
-            facts, pyramid = r.facts, pyramids[r.facts["levels"], r.variant]
+            facts, pyramid = r.facts, pyramids.get((r.facts["levels"], r.variant))
             sees = f"{' x '.join([str(facts['width'])] * facts['ndim'])} ({facts['levels']})"
             counts = (f"{facts['flops'] / 1e9:.3g}", f"{facts['counted'] / 1e9:.3g}")
-            times = (r.note or number(r.ms), _over(r, pyramid, r.ms, pyramid.ms), number(r.spread_ms))
-            memory = (number(r.extra_mb, 0), _over(r, pyramid, r.extra_mb, pyramid.extra_mb))
-            more = _over(r, pyramid, facts["flops"], pyramid.facts["flops"])
-            rows.append((sees, facts["form"], r.variant, *counts, more, *times, *memory))
+            error = "-" if r.error is None else f"{r.error:.1e}"
+            times = (r.note or number(r.ms), _over(r, pyramid, "ms"), number(r.spread_ms), number(r.of_floor, 1))
+            memory = (number(r.extra_mb, 0), _over(r, pyramid, "extra_mb"))
+            more = "" if pyramid in (r, None) else number(facts["flops"] / pyramid.facts["flops"], 1)
+            rows.append((sees, facts["form"], r.variant, *counts, more, error, *times, *memory))
         title = f"N = {window}, {' x '.join(map(str, shape[2:]))}, {'with' if projections else 'without'} projections"
-        headings = ("sees (levels)", "form", "variant", "GFLOP", "counted", "x", "fwd + bwd ms", "x", "spread")
-        print_table(title, (*headings, "extra MB", "x"), rows, text=3)
+        headings = ("sees (levels)", "form", "variant", "GFLOP", "counted", "x", "error", "fwd + bwd ms", "x")
+        print_table(title, (*headings, "spread", "x floor", "extra MB", "x"), rows, text=3)
     print("x: of the direct template over the pyramid that sees as much, the same variant; GFLOP: of the forward, by")
     print("the definitions, and of eager B as torch counts its products and sums, which scales every score as well")
 
@@ -112,5 +113,7 @@ def _series(r: Result) -> tuple[Any, ...]:
     return r.facts["shape"], r.facts["window"], r.facts["projections"]
 
 
-def _over(r: Result, pyramid: Result, value: float | None, other: float | None) -> str:
-    return "" if r is pyramid else number(value / other, 1) if value and other else "-"
+def _over(r: Result, pyramid: Result | None, figure: str) -> str:
+    """Of the direct template over the pyramid's, where both were measured."""
+    one, other = getattr(r, figure), getattr(pyramid, figure, None)
+    return "" if r is pyramid else number(one / other, 1) if one and other else "-"

@@ -44,7 +44,7 @@ def mov_row(
         "extra_mb": None if both_ms is None else extra_mb,
         "forward_floor_ms": None,
         "both_floor_ms": None,
-        "note": "out of memory" if both_ms is None else "",
+        "note": "does not fit in 20.0 GB" if both_ms is None else "",
         **more,
     }
 
@@ -112,7 +112,7 @@ def step_rows() -> Rows:
             row |= {"step_ms": t * x, "images_per_s": 4e3 / (t * x), "peak_mb": 300 * x, "mfu": 0.2 / x, "note": ""}
             row |= {"parts_ms": {name: t * share for name, share in parts.items()}}
             none = dict.fromkeys(("step_ms", "spread_ms", "images_per_s", "peak_mb", "mfu", "parts_ms"))
-            rows.append(row if fits else {**row, **none, "note": "out of memory"})
+            rows.append(row if fits else {**row, **none, "note": "does not fit in 20.0 GB"})
     return rows
 
 

@@ -41,7 +41,9 @@ def clone(tmp_path_factory):
     return clone
 
 
-def bench(clone: Path, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def bench(
+    clone: Path, tmp_path: Path, *arguments: str, only: str = "coverfast torch"
+) -> subprocess.CompletedProcess[str]:
     """`coverfast bench mov` as installed from that clone."""
     package = tmp_path / "site/coverfast"
     package.mkdir(parents=True)
@@ -49,7 +51,7 @@ def bench(clone: Path, tmp_path: Path, *arguments: str) -> subprocess.CompletedP
         (package / entry.name).symlink_to(entry)
     for name in FOLDERS[1:]:
         (package / name).symlink_to(clone / name)
-    words = ["bench", "mov", "--sizes", "8,8", "--device", "cpu", "--against", "coverfast torch", "--repeats", "1"]
+    words = ["bench", "mov", "--sizes", "8,8", "--device", "cpu", "--against", only, "--repeats", "1"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "COLUMNS": "200"}
     command = [sys.executable, "-m", "coverfast", *words, *arguments]
     return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -64,7 +66,8 @@ def ratio(output: str, figure: str) -> float:
 def test_a_planted_twofold_slowdown_between_revisions(clone, tmp_path):
     done = bench(clone, tmp_path, "--base", "HEAD~1")
     assert done.returncode == 1, done.stderr
-    assert "coverfast torch @ HEAD~1" in done.stdout
+    commit = git(clone, "rev-parse", "--short", "HEAD~1").strip()
+    assert f"coverfast torch @ {commit}" in done.stdout
     assert 1.8 <= ratio(done.stdout, "forward ms") <= 2.2, done.stdout
     assert "worse than at HEAD~1 by more than 1.1; the worst is" in done.stdout
     assert git(clone, "worktree", "list").count("\n") == 1
@@ -75,6 +78,12 @@ def test_what_is_no_slower_passes(clone, tmp_path):
     done = bench(clone, tmp_path, "--base", "HEAD", "--threshold", "1.5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert 0.8 <= ratio(done.stdout, "forward ms") <= 1.25
+
+
+def test_what_compares_nothing_does_not_pass(clone, tmp_path):
+    done = bench(clone, tmp_path, "--base", "HEAD", only="eager A")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Nothing was measured both here and at HEAD" in done.stdout
 
 
 def test_revisions_that_cannot_be_measured_are_refused(clone, tmp_path):
@@ -92,5 +101,6 @@ def test_revisions_that_cannot_be_measured_are_refused(clone, tmp_path):
         git(clone, "reset", "-q", "--hard", last)
     done = bench(clone, tmp_path / "2", "--base", bad)
     assert "base must be a revision that today's benchmarks run with" in done.stdout + done.stderr
+    assert done.returncode == 2
     assert "No module named 'coverfast.geometry'" in done.stdout + done.stderr
     assert git(clone, "worktree", "list").count("\n") == 1

@@ -12,7 +12,11 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from coverfast.bench import suite
-from coverfast.bench.suite import STAGES, Outcome, commands, run
+from coverfast.bench.operators import CASES
+from coverfast.bench.problems import preset_levels
+from coverfast.bench.step_variants import check_variant
+from coverfast.bench.suite import Outcome, commands, run, variants
+from coverfast.bench.vpa import pairs
 from coverfast.cli.main import app
 
 BENCH = get_command(app).commands["bench"].commands
@@ -48,7 +52,8 @@ def test_stages_are_commands_with_options_that_they_take(device, asked):
 def test_variants_go_where_they_are_known():
     stages = commands("cpu", against=["published A", "grid_sample"])
     with_names = {name: words for name, words in stages.items() if "--against" in words}
-    assert {words[0] for words in with_names.values()} == {"step", "warp"}
+    assert {words[0] for words in with_names.values()} == {"step", "warp", "mov"}
+    assert "compiled A" in with_names["mov-compiled"]  # its own names
     assert with_names["step"][-4:] == ["--against", "published A", "--device", "cpu"]
 
 
@@ -60,6 +65,14 @@ def stand_in(monkeypatch, tmp_path: Path, code: str) -> None:
     (package / "__main__.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     monkeypatch.chdir(tmp_path)  # where a process starts comes first
+
+
+def test_results_of_an_earlier_run_are_not_taken_for_new(monkeypatch, tmp_path):
+    stand_in(monkeypatch, tmp_path, "import sys; sys.exit(1)")
+    (tmp_path / "one.json").write_text("of yesterday")
+    (outcome,) = run({"one": ["good"]}, tmp_path, 1, print)
+    assert (outcome.how, outcome.file) == ("failed", None)
+    assert (tmp_path / "one.json").read_text() == "of yesterday"
 
 
 WAYS = """
@@ -83,6 +96,7 @@ def test_what_fails_or_takes_too_long_leaves_the_rest(monkeypatch, tmp_path):
     assert told == ["one", "two", "three"]
     assert (tmp_path / "two.json").read_text() == "bench good --device cpu --save"
     assert (tmp_path / "three.json").exists()  # what it had by then stays
+    assert [o.file for o in found] == [*(tmp_path / f"{name}.json" for name in ("one", "two", "three")), None]
     assert not (tmp_path / "four.json").exists()
     assert 2 < found[2].seconds < 4
 
@@ -117,10 +131,16 @@ def test_a_real_stage(tmp_path):
     (file,) = tmp_path.rglob("*.json")
     saved = json.loads(file.read_text())
     assert (saved["bench"], file.name) == ("compose", "compose.json")
-    assert saved["provenance"]["command"].startswith("coverfast bench compose --sizes 8,8 --device cpu --save")
+    assert saved["provenance"]["command"].startswith("coverfast bench compose --sizes 8,8 --dtype float32 --device cpu --save")
 
 
-def test_every_device_has_every_benchmark():
-    assert set(STAGES) == {"cpu", "cuda"}
-    for stages in STAGES.values():
-        assert all("--save" not in words for words in stages.values())
+@pytest.mark.parametrize("op", [*CASES, "vpa", "step"])
+def test_known_variants_are_those_that_the_command_takes(op):
+    """A name that is passed on must not be refused there."""
+    for name in sorted(variants(op)):
+        if op == "step":
+            check_variant(name)
+            continue
+        cases = pairs((16, 16), "", [(3, 1)])[0] if op == "vpa" else CASES[op](preset_levels("small-2d"), "")
+        assert any(name in case.variants for case in cases)
+    assert variants("static") == variants("data") == set()
