@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coverfast.bench import baselines as eager
 from coverfast.bench.problems import Case, Draws, Level, Variant
-from coverfast.bench.pyramids import EAGER, eager_field, pyramid_field, pyramid_of
+from coverfast.bench.pyramids import EAGER, eager_field, pyramid_field, pyramid_of, pyramid_work
 from coverfast.geometry import AffineDVF, inside_mask
 from coverfast.ops.losses import consistency_loss, field_errors
 
@@ -31,7 +31,8 @@ def head_cases(levels: Sequence[Level], layout: str) -> list[Case]:
     }
     make, exact = partial(_head_inputs, of, layout), partial(head, of, impl="reference")
     name = f"{at.name.partition(' level')[0]} head"
-    return [Case(name, "head", facts, at, names, make, variants, exact, checked=torch.float32)]
+    work = pyramid_work(levels, projected=True)
+    return [Case(name, "head", facts, at, names, make, variants, exact, checked=torch.float32, work=work)]
 
 
 def _head_inputs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from coverfast.bench import baselines as eager
-from coverfast.bench.problems import Level
+from coverfast.bench.problems import Level, Work, mov_work
 from coverfast.pyramid import VectorPyramid
 
 #: Formulations of the matching, see `coverfast.bench.baselines`.
@@ -68,3 +69,15 @@ def fused(
         psi = found if psi is None else fuse(found, psi)
     assert psi is not None
     return psi
+
+
+def convolution_flops(levels: Sequence[Level]) -> float:
+    """FLOP of the projections of both views, forward."""
+    return sum(2.0 * 2 * level.batch * prod(level.size) * level.features * level.channels for level in levels)
+
+
+def pyramid_work(levels: Sequence[Level], *, projected: bool) -> tuple[Work, Work]:
+    """Of the matching and, where they are part of it, the projections: forward and backward."""
+    matrix = convolution_flops(levels) if projected else 0.0
+    forward, backward = (sum((mov_work(level)[way] for level in levels), Work()) for way in (0, 1))
+    return forward + Work(matrix=matrix), backward + Work(matrix=2 * matrix)

@@ -45,7 +45,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "cuda": {
         "mov": ("mov", *_PAPER, "--repeats", "10", *_against("coverfast triton", "eager A", "eager B")),
-        "vpa": ("vpa", "--repeats", "3"),
+        "vpa": ("vpa", "--repeats", "5", "--seconds", "3"),
         "step-3d": ("step", "--preset", "paper-3d", "--profile", *_STEP),
         "head": ("head", *_PAPER, "--repeats", "5", *_against("coverfast auto", "eager A")),
         "step-2d": ("step", "--preset", "paper-2d", *_STEP),

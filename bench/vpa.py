@@ -17,8 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from coverfast.bench.problems import Case, Draws, Level, Variant, Work, mov_work, pyramid_levels
-from coverfast.bench.pyramids import EAGER, eager_field, fused, pyramid_field, pyramid_of
+from coverfast.bench.problems import Case, Draws, Level, Variant, pyramid_levels
+from coverfast.bench.pyramids import (
+    EAGER,
+    convolution_flops,
+    eager_field,
+    fused,
+    pyramid_field,
+    pyramid_of,
+    pyramid_work,
+)
 from coverfast.ops.compose import compose
 from coverfast.ops.mov import mov
 from coverfast.ops.warp import warp_up
@@ -76,8 +84,6 @@ def _case(form: str, levels: list[Level], facts: Mapping[str, Any], layout: str)
     }
     numbers = {"flops": flops(levels, projected=projected), "exponentials": sum(float(level.taps) for level in levels)}
     numbers |= {"counted": counted_flops(of, projected=projected)}
-    work = [sum((mov_work(level)[way] for level in levels), Work()) for way in (0, 1)]
-    convolutions = _convolutions(levels) if projected else 0.0
     grid = " x ".join(map(str, at.size))
     return Case(
         f"{grid} N={facts['window']} m={facts['levels']} {form}" + (" with projections" if projected else ""),
@@ -90,7 +96,7 @@ def _case(form: str, levels: list[Level], facts: Mapping[str, Any], layout: str)
         partial(_exact, find, of),
         checked=torch.float64,  # rounding moves coordinates over the faces of cells, where slopes jump
         checked_at={2: 24, 3: 16}[n] // (2 if form == "direct" else 1),
-        work=(work[0] + Work(matrix=convolutions), work[1] + Work(matrix=2 * convolutions)),
+        work=pyramid_work(levels, projected=projected),
     )
 
 
@@ -104,11 +110,7 @@ def flops(levels: Sequence[Level], *, projected: bool) -> float:
     Neither the softmax's few a tap, told apart as exponentials, nor warps and compositions, a few hundred a pixel.
     """
     taps = sum(2.0 * (level.channels // level.groups + len(level.size)) * level.taps for level in levels)
-    return taps + (_convolutions(levels) if projected else 0.0)
-
-
-def _convolutions(levels: Sequence[Level]) -> float:
-    return sum(2.0 * 2 * level.batch * prod(level.size) * level.features * level.channels for level in levels)
+    return taps + (convolution_flops(levels) if projected else 0.0)
 
 
 def counted_flops(levels: tuple[Level, ...], *, projected: bool) -> float:
