@@ -139,6 +139,8 @@ def front_table(root: Path, files: Sequence[Results]) -> str:
     """The few figures of the front page, each with its file and device. Links are from `root`."""
     lines = ["| measured | result | file, device |", "|---|---|---|"]
     for found in files:
+        if found.path.stem not in (found.bench, f"{found.bench}-2d", f"{found.bench}-3d"):
+            continue  # a special case of what another file shows
         name = _device([found])[0]
         where = f"[{found.path.name}]({found.path.relative_to(root).as_posix()}), {name}"
         lines += [f"| {cell(what)} | {cell(text)} | {where} |" for what, text in headlines(found.bench, found.rows)]
@@ -153,7 +155,11 @@ def saved(folder: Path) -> list[Results]:
     files = [read_results(path) for path in sorted(folder.glob("*/*.json"))]
     require(bool(files), f"{folder} must have results as DEVICE/NAME.json, but it has none")
     order = {bench: number for number, bench in enumerate(_ORDER)}
-    return sorted(files, key=lambda f: (f.path.parent.name, order.get(f.bench, len(order)), f.path.name))
+    # What no device has measured comes last.
+    return sorted(
+        files,
+        key=lambda f: ("device" not in f.provenance, f.path.parent.name, order.get(f.bench, len(order)), f.path.name),
+    )
 
 
 def pages(folder: Path, files: Sequence[Results]) -> dict[Path, str]:

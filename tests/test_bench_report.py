@@ -70,7 +70,7 @@ def test_every_device_and_file_has_its_section(clone, undrawn):
     done = run(clone / "bench" / "results")
     assert done.exit_code == 0, done.output
     page = page_of(clone)
-    assert re.findall(r"^## (.*)$", page, re.M) == ["No device", "CPU x86_64 AVX2, 2 threads", "NVIDIA H200"]
+    assert re.findall(r"^## (.*)$", page, re.M) == ["CPU x86_64 AVX2, 2 threads", "NVIDIA H200", "No device"]
     cpu, gpu, counts = (section(page, name) for name in ("CPU", "NVIDIA", "No device"))
     assert "A CPU; nothing here says anything about a GPU." in cpu
     assert "A CPU" not in gpu
