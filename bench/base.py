@@ -46,7 +46,7 @@ def versions(revision: str) -> Iterator[tuple[Revision, Revision]]:
     root = _HERE.parent
     require((root / ".git").exists() and (root / "bench") == _HERE, "--base needs the library installed from a clone")
     commit = _git(root, "rev-parse", "--verify", "--quiet", "--short", f"{revision}^{{commit}}")
-    require(bool(commit), f"base must be a git revision of {root.name}, got {revision!r}")
+    require(bool(commit), f"base must be a git revision of the clone in use, got {revision!r}")
     with tempfile.TemporaryDirectory() as place:
         tree = Path(place) / "tree"
         _git(root, "worktree", "add", "--detach", str(tree), commit)

@@ -97,7 +97,7 @@ def _figure(found: Results, title: str, wide: float, tall: float) -> Figure:
 # --- bars --------------------------------------------------------------------------------------------------------
 
 #: Of these cases at most: a longer picture is not read.
-_CASES = 14
+_CASES = 18
 
 
 def bars(found: Results) -> Figure:
@@ -111,7 +111,7 @@ def bars(found: Results) -> Figure:
         places += [(at + i, row) for i, row in enumerate(group)]
         middles.append(at + (len(group) - 1) / 2)
         at += len(group) + 0.9
-    figure = _figure(found, found.bench, 11.0, 1.3 + 0.17 * at)
+    figure = _figure(found, found.path.stem, 11.0, 1.3 + 0.17 * at)
     left, right = figure.subplots(1, 2, sharey=True)
     both = any(row.get("both_ms") is not None for row in rows)
     way = "forward + backward" if both else "forward"
@@ -169,7 +169,9 @@ def step_bars(found: Results) -> Figure:
     parts = list(dict.fromkeys(name for row in found.rows for name in row.get("parts_ms") or ()))
     colours = {name: _PARTS[i % len(_PARTS)] for i, name in enumerate(parts)}
     heights = [len(group) + 1.6 for group in groups]
-    figure = _figure(found, "training step", 11.0, 0.9 + 0.27 * sum(heights))
+    figure = _figure(
+        found, "training step, its parts from a profiled run without compilation", 11.0, 0.9 + 0.27 * sum(heights)
+    )
     for axes, preset, group in zip(
         figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0], presets, groups, strict=True
     ):

@@ -33,13 +33,16 @@ _COMPILED = ("eager A", "compiled A")
 #: takes minutes to compile.
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
-        "mov": ("mov", *_SMALL, "--sizes", "64,64,64"),
+        "mov": ("mov", *_SMALL, "--sizes", "64,64,64", "--repeats", "9"),
         "vpa": ("vpa", "--repeats", "3"),
         "step": ("step", *_SMALL, "--repeats", "3", "--profile"),
         "head": ("head", *_SMALL),
         **{op: (op, *_SMALL) for op in _OTHERS},
-        "mov-windows": ("mov", "--sizes", "192,192", "--window", "3,5,7,9,11"),
-        "mov-compiled": ("mov", "--sizes", "192,192", "--window", "3,5", *_against("coverfast torch", *_COMPILED)),
+        "mov-windows": ("mov", "--sizes", "192,192", "--window", "3,5,7,9,11", "--repeats", "15"),
+        "mov-compiled": (
+            *("mov", "--sizes", "192,192", "--window", "3,5", "--repeats", "15"),
+            *_against("coverfast torch", *_COMPILED),
+        ),
         "data": ("data", "--formats", "--large"),
         "static": ("static", "--target", "sm_90"),
     },

@@ -16,9 +16,9 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 PAPER = ["paper-2d", "paper-3d"]
 
 Windows = Annotated[Any, typer.Option(parser=ints, metavar="INTS", help="odd windows, measured one by one")]
-Sizes = Annotated[list[Any], typer.Option(parser=ints, metavar="INTS", help="grid, two or three axes; repeats")]
+Sizes = Annotated[list[Any], typer.Option(parser=ints, metavar="INTS", help="grid, such as 64,64 or 32,32,32; repeats")]
 Count = Annotated[int, typer.Option(min=1)]
-Presets = Annotated[list[str], typer.Option(help="its levels; repeats")]
+Presets = Annotated[list[str], typer.Option(help="its levels: paper-2d, paper-3d, small-2d, small-3d; repeats")]
 Against = Annotated[list[str], typer.Option(help="variants to measure, by name; repeats; default those of the device")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto")]
 Repeats = Annotated[int, typer.Option(min=1, help="runs of each variant; the median is shown")]

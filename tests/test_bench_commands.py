@@ -122,6 +122,8 @@ def test_cases_without_a_variant_are_left_out(asked):
         ("compose --sizes 8,9", ("even", "(8, 9)")),
         ("views --sizes 8,8 --dtype float64", ("float32", "float64")),
         ("head --sizes 20,20", ("divisible by 16", "(20, 20)")),
+        ("mov --sizes 8,8 --against coverfast+triton", ("coverfast triton", "GPU", "cpu")),
+        ("mov --sizes 8,8 --against NATTEN", ("NATTEN", "installed")),
     ],
 )
 def test_operators_refuse_in_one_sentence(arguments, words):
