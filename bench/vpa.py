@@ -37,7 +37,9 @@ SERIES = {2: ((9, 4), (5, 5)), 3: ((5, 4),)}
 SIZES = {"cpu": {2: (128, 128), 3: (32, 32, 32)}, "cuda": {2: (384, 384), 3: (128, 128, 128)}}
 
 #: The same of all levels from the coarsest: groups of `mov` and channels of the U-Net's maps.
-_GROUPS, _FEATURES, _WIDTH = (4, 4, 4, 1, 1), (512, 256, 128, 64, 32), 8
+_GROUPS: tuple[int, ...] = (4, 4, 4, 1, 1)
+_FEATURES: tuple[int, ...] = (512, 256, 128, 64, 32)
+_WIDTH = 8
 
 
 def receptive_field(window: int, levels: int) -> int:

@@ -98,8 +98,8 @@ def _compare(
     cases = [case for levels in places for case in CASES[op](levels, layout)]
     known = dict.fromkeys(name for case in cases for name in case.variants)
     for name in against:
-        is_natten, there = name.startswith("NATTEN"), name in known
-        require(there or not is_natten, "NATTEN must be installed, 0.20 or newer, and windows half the grid at most")
+        is_natten, is_known = name.startswith("NATTEN"), name in known
+        require(is_known or not is_natten, "NATTEN must be installed, 0.20 or newer, and windows half the grid at most")
         check_choice("against", name, tuple(known))
         require(device == "cuda" or name != "coverfast triton", "coverfast triton needs a GPU, got the device cpu")
     console, results, can = Console(), list[Any](), rates(device, getattr(torch, dtype))

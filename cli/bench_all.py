@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from math import inf
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,7 +44,7 @@ def all_(
         check_choice("only", name, tuple(stages))
     stages = {name: words for name, words in stages.items() if not only or name in only}
     limit = minutes if minutes is not None else 8.0 if device == "cuda" else inf
-    folder, done = save / folder_of(provenance(device)), []
+    folder, done = save / folder_of(provenance(device)), list[Any]()
 
     def tell(name: str) -> None:
         print(f"[{len(done) + 1}/{len(stages)}] coverfast bench {shlex.join(stages[name])}", flush=True)
