@@ -112,6 +112,8 @@ def test_floors_and_losses_are_shown(tmp_path, undrawn):
         mov_row("b", "eager A", 8.0),
         mov_row("c", "coverfast torch", 10.0),
         mov_row("c", "eager | A", 20.0),
+        mov_row("d", "coverfast torch", 10.0),
+        mov_row("d", "eager A", 9.95),  # within the spread of 0.1
     ]
     save(tmp_path / "results" / "device" / "mov.json", "mov", rows)
     write_report(tmp_path / "results")
@@ -123,7 +125,7 @@ def test_floors_and_losses_are_shown(tmp_path, undrawn):
         assert (cells["floor ms"], cells["x floor"], cells["x ours"]) == ("2.00", of_floor, ours)
     assert dict(zip(head, line(page, "b", "eager A", "float32"), strict=True))["x ours"] == ""
     assert "| c | eager \\| A | float32 |" in page
-    assert "faster than ours: 1 of 2: a float32 (eager A 0.800)." in page
+    assert "faster than ours, beyond spreads: 1 of 3: a float32 (eager A 0.800)." in page
 
 
 def test_any_other_benchmark_is_shown_as_it_is(tmp_path, undrawn):
