@@ -19,7 +19,6 @@ from typing import Any, BinaryIO
 
 import torch
 
-import coverfast
 from coverfast.bench.measure import Elsewhere, NoRoom, clock_ms, event_ms, reason
 from coverfast.bench.prepared import Here, Prepared, Runs
 from coverfast.bench.problems import Case
@@ -109,7 +108,7 @@ class Revision:
 
     def __init__(self, name: str, process: subprocess.Popen[bytes], said: Path) -> None:
         self.name, self._process, self._said = name, process, said
-        self.file: str = self.ask("file")
+        self.forget()  # it has begun when it answers
 
     def ask(self, what: str, *arguments: Any) -> Any:
         """What its process answers."""
@@ -193,9 +192,6 @@ class _Service:
     def __init__(self) -> None:
         self.cases: list[Here] = []
         self.ready: dict[tuple[int, str], Runs] = {}
-
-    def file(self) -> str:
-        return str(coverfast.__file__)
 
     def forget(self) -> None:
         self.cases, self.ready = [], {}

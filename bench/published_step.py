@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from coverfast.bench import baselines as eager
+from coverfast.bench.pyramids import EAGER
 from coverfast.methods.cover import Cover
 from coverfast.training.settings import Settings
 from coverfast.view_draws import draw
 from coverfast.view_settings import ViewSettings
 
 #: The formulations of the matching, see `coverfast.bench.baselines`.
-MATCHING = {"A": eager.mov_a, "B": eager.mov_b}
+MATCHING = dict(EAGER)
 
 
 class Seen(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
@@ -18,12 +19,14 @@ _OURS = ("coverfast triton", "coverfast auto", "coverfast torch")
 
 def print_results(title: str, results: Sequence[Result], device: str, can: Rates) -> None:
     """A table of them, what its columns are, and where and with what it was measured."""
-    first = first_of(results)
-    rows = []
-    for r in results:
+    from coverfast.bench.figures import firsts, ratio, same_case
+
+    saved = [asdict(r) for r in results]
+    ours, rows = firsts(saved), []
+    for r, row in zip(results, saved, strict=True):
         error = "-" if r.error is None else f"{r.error:.1e}"
         times = (number(r.forward_ms), r.note or number(r.both_ms), number(r.spread_ms))
-        ratios = (number(r.floor_ms), number(r.of_floor, 1), number(over(r, first.get(r.case)), 2))
+        ratios = (number(r.floor_ms), number(r.of_floor, 1), number(ratio(row, ours.get(same_case(row))), 2))
         rows.append((r.case, r.variant, r.dtype, error, *times, *ratios, number(r.extra_mb, 0)))
     headings = ("case", "variant", "dtype", "error", "forward ms", "fwd + bwd ms", "spread")
     print_table(title, (*headings, "floor ms", "x floor", "x ours", "extra MB"), rows, text=3)
@@ -32,20 +35,6 @@ def print_results(title: str, results: Sequence[Result], device: str, can: Rates
     print_rates(can)
     print_provenance(device)
     refuse_failures(results)
-
-
-def first_of(results: Sequence[Result]) -> dict[str, Result]:
-    """By case, the variant of ours that the others are compared with."""
-    found: dict[str, Result] = {}
-    for r in results:
-        if r.variant in _OURS:
-            found.setdefault(r.case, r)
-    return found
-
-
-def over(r: Result, first: Result | None) -> float | None:
-    """Time over time, where both were measured."""
-    return None if first is None or not r.ms or not first.ms else r.ms / first.ms
 
 
 def print_rates(can: Rates) -> None:
