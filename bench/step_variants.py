@@ -129,6 +129,10 @@ class Problem:
             parts[-1][tuple(map(slice, found.shape))] = found
         return parts
 
+    def targets_if_alike(self) -> NDArray[np.int64]:
+        """As `ShardSet.targets_if_alike`: the images are of no class."""
+        return np.full(len(self), -1, np.int64)
+
     def loaded(self, method: Method, iteration: int) -> Images:
         """What the loader gives: the parts of the images that the method asks for."""
         data: Any = self

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from coverfast.checks import InputError, printable
-from coverfast.cli import bench, pretrain, shards, visualize
+from coverfast.cli import bench, evaluate, finetune, predict, pretrain, shards, study, visualize
 
 app = typer.Typer(
     name="coverfast",
@@ -20,7 +20,12 @@ app.add_typer(shards.app, name="shards")
 app.command()(pretrain.pretrain)
 app.command()(pretrain.config)
 app.command()(pretrain.demo)
+app.command()(finetune.finetune)
+app.command()(finetune.probe)
+app.command()(evaluate.evaluate)
+app.command()(predict.predict)
 app.command()(visualize.visualize)
+app.add_typer(study.app, name="study")
 app.add_typer(bench.app, name="bench")
 
 

@@ -18,6 +18,14 @@ def ints(text: str) -> tuple[int, ...]:
         raise typer.BadParameter(f"expected an int or ints with commas between, got {text!r}") from None
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """`0.5` or `1,2.5,1`."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"expected a number or numbers with commas between, got {text!r}") from None
+
+
 def _option(setting: Any) -> inspect.Parameter:
     kind = type(setting.default)
     names = [f"--{name.replace('_', '-')}" for name in (setting.name, *setting.metadata.get("also", ()))]
@@ -27,7 +35,8 @@ def _option(setting: Any) -> inspect.Parameter:
     if setting.default == ():
         annotation: Any = Annotated[list[str] | None, typer.Option(*names, **extra)]
     elif kind is tuple:
-        annotation = Annotated[Any, typer.Option(*names, parser=ints, metavar="INTS", **extra)]
+        several: Any = (numbers, "NUMBERS") if type(setting.default[0]) is float else (ints, "INTS")
+        annotation = Annotated[Any, typer.Option(*names, parser=several[0], metavar=several[1], **extra)]
     else:
         annotation = Annotated[kind | None, typer.Option(*names, **extra)]
     return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
-import time
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from coverfast.checks import require
 from coverfast.cli.options import with_settings
-from coverfast.cli.progress import training_progress
+from coverfast.cli.training import run_training
 from coverfast.training.config import to_toml
-from coverfast.training.settings import PRESETS, Settings, preset_settings
-
-if TYPE_CHECKING:
-    from coverfast.training.pretrain import Pretraining
+from coverfast.training.settings import Settings, TrainingSettings, preset_settings
 
 
 @with_settings(Settings)
@@ -41,55 +36,20 @@ def pretrain(
             ready = library.resume(flags, world)
         else:
             ready = library.plan(flags, config, world)
-        run_pretraining(ready)
+        run_training(ready, "pretrain")
 
 
-def run_pretraining(ready: Pretraining) -> None:
-    """Train with progress on the terminal and say where everything lies."""
-    s = ready.settings
-    if not ready.world.writes:
-        ready.start()
-        return
-    for note in ready.notes:
-        print(note)
-    told = len(ready.notes)
-    where = (
-        f"{ready.world.size} processes on {ready.engine.device.type}" if ready.world.size > 1 else ready.engine.device
-    )
-    print(
-        f"{s.preset}: iterations {ready.first} to {s.iterations}, batch {s.batch}, crop {'x'.join(map(str, s.crop))}, "
-        f"{len(ready.shards)} sample(s) of {_first_of(ready.shards.paths)} (split {ready.shards.split}), "
-        f"{len(ready.val) if ready.val else 0} held out, {ready.engine.choices.precision} on {where}"
-    )
-    started = time.monotonic()
-    try:
-        with training_progress(ready.first, s.iterations) as progress:
-            ready.on_note = progress.note
-            run = ready.start(on_step=progress.show)
-    except (KeyboardInterrupt, SystemExit):
-        if ready.run and ready.run.checkpoints.paths():
-            print(f"stopped; continue with: coverfast pretrain --resume --run {shlex.quote(str(ready.run.folder))}")
-        raise
-    for note in ready.notes[told:]:
-        print(note)
-    print(f"done in {time.monotonic() - started:.0f} s: {run.folder}")
-    for path, what in (
-        (run.backbone, "the trained backbone, coverfast.load_backbone() reads it"),
-        (run.report / "index.html", "views, fields, features, similarities and curves, to look at"),
-        (run.metrics, "figures of every iteration"),
-        (run.config, "settings, versions, commit, data hash"),
-    ):
-        if path.exists():
-            print(f"  {path}  {what}")
-
-
-def _first_of(paths: list[Path]) -> str:
-    return str(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-
-
-def config(preset: Annotated[str, typer.Argument(help=", ".join(PRESETS))]) -> None:
+def config(
+    preset: Annotated[str, typer.Argument(help=", ".join(Settings.presets))],
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="settings of finetune and probe, not of pretrain")
+    ] = False,
+) -> None:
     """Print the settings of a preset as TOML, for --config."""
-    print(to_toml(preset_settings(preset), comments=True), end="")
+    from coverfast.downstream.settings import FinetuneSettings
+
+    settings: TrainingSettings = preset_settings(preset, FinetuneSettings) if finetune else preset_settings(preset)
+    print(to_toml(settings, comments=True), end="")
 
 
 def demo(
@@ -122,4 +82,4 @@ def demo(
             "seed": seed,
         }
     )
-    run_pretraining(ready)
+    run_training(ready, "pretrain")

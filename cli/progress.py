@@ -19,11 +19,24 @@ _SECONDS = 15.0
 _SMOOTH = 0.9
 
 
+#: Figures that are shown where a training has them: name, and how it reads.
+_FIGURES = (
+    ("loss", "loss {:.3f}"),
+    ("loss_vec", "L_vec {:.3f}"),
+    ("loss_con", "L_con {:.3f}"),
+    ("loss_dice", "Dice {:.3f}"),
+    ("loss_ce", "CE {:.3f}"),
+    ("accuracy", "right {:.1%}"),
+    ("epe", "epe {:.2f} px"),
+    ("epe_ratio", "ratio {:.3f}"),
+    ("val_epe", "held out {:.2f} px"),
+    ("val_dsc", "held out DSC {:.3f}"),
+    ("val_auc", "held out AUC {:.3f}"),
+)
+
+
 def _text(record: Record) -> str:
-    parts = [f"loss {record['loss']:.3f}", f"L_vec {record['loss_vec']:.3f}", f"L_con {record['loss_con']:.3f}"]
-    parts += [f"epe {record['epe']:.2f} px", f"ratio {record.get('epe_ratio', math.nan):.3f}"]
-    if "val_epe" in record:
-        parts.append(f"held out {record['val_epe']:.2f} px")
+    parts = [text.format(record[name]) for name, text in _FIGURES if name in record]
     if record.get("data_wait", 0) >= 0.02:
         parts.append(f"waiting {record['data_wait']:.0%}")
     if record.get("skipped"):

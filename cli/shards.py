@@ -5,28 +5,23 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coverfast.checks import printable, require
+from coverfast.checks import printable
+from coverfast.cli import shards_show, shards_synthetic
+from coverfast.cli.shards_progress import progress, samples
 from coverfast.disk import byte_count
 from coverfast.ingest.presets import PRESETS, Parameter
 
 if TYPE_CHECKING:
     from coverfast.ingest import BuildReport, MergeReport
-    from coverfast.shards import Shard
 
 app = typer.Typer(help="Build, inspect, verify, merge and look at HDF5 shards.", no_args_is_help=True)
 
-# info looks at no more samples than this, evenly spread.
-_LOOK = 1000
-#: Seconds between lines where there is no terminal to draw a bar on.
-_SECONDS = 15.0
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -109,6 +104,18 @@ def build(
     ],
     out: Out,
     preset: Annotated[str, typer.Option(help=f"What is done to the images: {', '.join(PRESETS)}.")] = "raw",
+    labels: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH", help="Label maps: files or folders with the names of the images (FILE_seg, too); repeats."
+        ),
+    ] = None,
+    label_table: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Names of the label values: value,name in each line.")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Classes of the images: name,class in each line.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes; default all cores but one, 0 works in this one.")
     ] = None,
@@ -138,11 +145,14 @@ def build(
 
     settings = preprocessing(preset, **chosen)
     try:
-        with _progress() as advance:
+        with progress() as advance:
             report = build_shard(
                 list(sources),
                 out,
                 preprocessing=settings,
+                labels=labels or None,
+                label_table=label_table,
+                classes=classes,
                 workers=workers,
                 val_fraction=val_fraction,
                 test_fraction=test_fraction,
@@ -190,7 +200,7 @@ def merge(
     from coverfast.ingest import merge_shards
     from coverfast.shard_set import find_shards
 
-    with _progress() as advance:
+    with progress() as advance:
         report = merge_shards(
             [path for given in shards for path in find_shards(given)],  # what is given twice shows
             out,
@@ -208,153 +218,21 @@ def merge(
 def _tell(report: BuildReport | MergeReport, notes: list[str]) -> None:
     first, last = report.paths[0], report.paths[-1]
     names = str(first) if len(report.paths) == 1 else f"{first} to {last.name}"
-    print(f"{printable(names)}: {', '.join([_samples(report.samples), byte_count(report.size_bytes), *notes])}")
+    print(f"{printable(names)}: {', '.join([samples(report.samples), byte_count(report.size_bytes), *notes])}")
     if len(report.splits) > 1:
         parts = [
-            f"{name} {_samples(samples)} of {groups} group" + "s" * (groups != 1)
-            for name, (samples, groups) in report.splits.items()
+            f"{name} {samples(count)} of {groups} group" + "s" * (groups != 1)
+            for name, (count, groups) in report.splits.items()
         ]
         print(f"splits: {', '.join(parts)}")
     if report.duplicates:
         pairs = [printable(f"{later} = {earlier}") for earlier, later in report.duplicate_pairs]
         more = ", ..." if report.duplicates > len(pairs) else ""
-        print(f"duplicates: {_samples(report.duplicates)} with the pixels of an earlier one: {', '.join(pairs)}{more}")
+        print(f"duplicates: {samples(report.duplicates)} with the pixels of an earlier one: {', '.join(pairs)}{more}")
 
 
-@app.command()
-def info(shard: Annotated[Path, typer.Argument(help="The shard to describe.")]) -> None:
-    """Show what a shard holds."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from coverfast.shards import Shard
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    with Shard(shard) as opened:
-        facts = [(key, printable(value)) for key, value in _facts(opened)]
-    if not sys.stdout.isatty():  # one unfolded line a fact, for other programs
-        print("\n".join(f"{key:<16}{value}" for key, value in facts))
-        return
-    for key, value in facts:
-        table.add_row(key, Text(value))
-    Console(highlight=False).print(table)
-
-
-def _facts(shard: Shard) -> Iterator[tuple[str, str]]:
-    from coverfast.shards import SPLITS, VERSION
-
-    count = len(shard)
-    looked = [shard.info(i * count // min(count, _LOOK)) for i in range(min(count, _LOOK))]
-    partly = f" ({_LOOK} of {count} samples looked at)" if count > _LOOK else ""
-    yield "path", str(shard.path)
-    yield "format version", str(VERSION)
-    yield "dimension", f"{shard.ndim}D"
-    yield "samples", str(count)
-    yield "channels", str(shard.channels)
-    yield "dtype", ", ".join(sorted({i.dtype for i in looked})) + partly
-    yield (
-        "size",
-        f"{_span('x'.join(map(str, s)) for s in (shard.sizes.min(axis=0), shard.sizes.max(axis=0)))} pixels",
-    )
-    spacings = [[i.spacing[axis] for i in looked] for axis in range(shard.ndim)]
-    yield (
-        "spacing",
-        _span("x".join(f"{pick(axis):g}" for axis in spacings) for pick in (min, max)) + partly,
-    )
-    yield "intensity", f"{min(i.lo for i in looked):g} to {max(i.hi for i in looked):g}{partly}"
-    yield "splits", ", ".join(f"{name} {(shard.splits == i).sum()}" for i, name in enumerate(SPLITS))
-    yield "groups", _groups([i.group for i in looked]) + partly
-    stored = [shard.dataset(i * count // len(looked)) for i in range(len(looked))]
-    yield "chunks", ", ".join(sorted({"x".join(map(str, d.chunks or d.shape)) for d in stored})) + partly
-    yield "compression", ", ".join(sorted({d.compression or "none" for d in stored})) + partly
-    yield "on disk", byte_count(shard.path.stat().st_size)
-    yield "content", shard.content_hash
-    yield "preprocessing", ", ".join(f"{key} = {value}" for key, value in shard.preprocessing.items())
-    names = [shard.source(i) for i in range(min(count, 3))]
-    yield "sources", ", ".join(names) + (", ..." if count > 3 else "")
-
-
-@app.command()
-def verify(shards: Annotated[list[Path], typer.Argument(help="The shards to check; files, folders, globs.")]) -> None:
-    """Read shards from end to end and check every checksum and hash; exit code 2 if anything is wrong."""
-    from coverfast.shard_set import find_shards
-    from coverfast.shards import Shard
-    from coverfast.shards import verify as check
-
-    failed = False
-    paths = find_shards(shards)
-    for path in paths:
-        with _progress() as advance:
-            problems = check(path, lambda done, total, advance=advance: advance("checking", done, total))  # type: ignore[misc]
-        for problem in problems:
-            print(f"error: {printable(problem)}", file=sys.stderr)
-        failed = failed or bool(problems)
-        if not problems:
-            with Shard(path) as opened:
-                print(f"sound: {_samples(len(opened))}" + (f", {printable(str(path))}" if len(paths) > 1 else ""))
-    if failed:
-        raise typer.Exit(2)
-
-
-@app.command()
-def preview(
-    shards: Annotated[list[Path], typer.Argument(help="The shards to look at; files, folders, globs.")],
-    out: Annotated[Path, typer.Argument(help="The PNG file to write.")],
-    count: Annotated[int, typer.Option(min=1, help="Samples to show, evenly spread.")] = 48,
-    split: Annotated[str | None, typer.Option(help="Of this split only: train, val or test.")] = None,
-) -> None:
-    """Draw a contact sheet of samples as the network sees them."""
-    from coverfast.contact_sheet import contact_sheet
-    from coverfast.shard_set import find_shards
-
-    require(out.suffix.lower() == ".png", f"out must be a PNG file, got {out}")
-    contact_sheet(find_shards(shards), out, count=count, split=split)
-    print(out)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar a stage on a terminal; elsewhere, a line now and then."""
-    if not sys.stderr.isatty():
-        printed = time.monotonic()
-
-        def say(stage: str, done: int, total: int) -> None:
-            nonlocal printed
-            if time.monotonic() - printed >= _SECONDS:
-                printed = time.monotonic()
-                print(f"{stage} {done}/{total}", file=sys.stderr, flush=True)
-
-        yield say
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
-        tasks = {}
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield advance
-
-
-def _groups(groups: list[str]) -> str:
-    named, single = len(set(groups) - {""}), groups.count("")
-    parts = [f"{named} named"] if named else []
-    return ", ".join(parts + ([_samples(single) + " without one"] if single else []))
-
-
-def _span(ends: Iterator[str]) -> str:
-    low, high = ends
-    return low if low == high else f"{low} to {high}"
-
-
-def _samples(count: int) -> str:
-    return f"{count} sample" + "s" * (count != 1)
+app.command()(shards_synthetic.phantom)
+app.command()(shards_synthetic.atlas)
+app.command()(shards_show.info)
+app.command()(shards_show.verify)
+app.command()(shards_show.preview)

@@ -53,7 +53,9 @@ class Images(NamedTuple):
     focus: `(B, n)` the pixel of the whole image that its crop is centred on, as far as it fits, -1 for none. sizes:
     `(B, n)` of the whole images. scaling: `(B, 4)` float64 slope, intercept, lo, hi. samples: `(B,)` position of each
     in the global batch. indices: `(B,)` place of each sample in the set. bad: why samples were replaced, a sentence
-    each.
+    each. labels: `(B, *S)` uint8 class indices of the same parts, places in `ShardSet.label_classes`, 0 beyond
+    `extents`; None unless the stream reads labels. targets: `(B,)` int64 places in `ShardSet.target_classes`, -1 for
+    none, and for all where the shards differ in those.
     """
 
     images: Tensor
@@ -66,13 +68,15 @@ class Images(NamedTuple):
     indices: Tensor
     iteration: int
     bad: list[str]
+    labels: Tensor | None
+    targets: Tensor
 
 
 #: Pixels whose float64 form stays in a core's cache.
 _CACHED = 1 << 15
 #: So many other samples are tried in the place of one that cannot be read.
 _ATTEMPTS = 100
-SMALL = ("extents", "corner", "focus", "sizes", "scaling", "samples", "indices")
+SMALL = ("extents", "corner", "focus", "sizes", "scaling", "samples", "indices", "targets")
 
 
 class ImageStream(Dataset[Images | InputError]):
@@ -83,7 +87,8 @@ class ImageStream(Dataset[Images | InputError]):
     `focus` on their foreground, see `coverfast.foreground`; each is then read as a whole once. rank, world: this
     process and how many there are; each sees its own `batch / world` of every batch. on_bad_sample: "skip" replaces a
     sample that cannot be read by others, drawn for its place in the stream, and says so in `Images.bad`. least: images
-    are filled with zeros at the high end to at least this size.
+    are filled with zeros at the high end to at least this size. labels: read the label maps too; `InputError` unless
+    the shards have them, of the same classes.
     """
 
     def __init__(
@@ -99,6 +104,7 @@ class ImageStream(Dataset[Images | InputError]):
         world: int = 1,
         on_bad_sample: str = "stop",
         least: tuple[int, ...] = (),
+        labels: bool = False,
     ) -> None:
         for name, value in (("batch", batch), ("crops", crops), ("world", world)):
             require(isinstance(value, int) and value >= 1, f"{name} must be an int of at least 1, got {value!r}")
@@ -110,6 +116,9 @@ class ImageStream(Dataset[Images | InputError]):
             f"batch must be divisible by the number of processes, got {batch} and {world}",
         )
         check_choice("on_bad_sample", on_bad_sample, ON_BAD_SAMPLE)
+        if labels:
+            data.need_labels()
+        self.labels = labels
         self.data, self.batch, self.seed, self.regions, self.crops = data, batch, seed, regions, crops
         self.foreground, self.maps = foreground, ForegroundMaps(data)
         self.rank, self.world, self.on_bad_sample, self.least = rank, world, on_bad_sample, least
@@ -173,8 +182,11 @@ class ImageStream(Dataset[Images | InputError]):
 
         def read(slots: Ints) -> None:
             boxes = [[slice(a, b) for a, b in box] for box in ends[slots].tolist()]
-            pixels = self.data.pixels(int(chosen[slots[0]]), boxes, together.room(slots.tolist()))
-            parts.update(zip(slots.tolist(), pixels, strict=True))
+            index, places = int(chosen[slots[0]]), slots.tolist()
+            pixels = self.data.pixels(index, boxes, together.room(places))
+            if self.labels:
+                maps.update(zip(places, self.data.labels(index, boxes, labels_together.room(places)), strict=True))
+            parts.update(zip(places, pixels, strict=True))
 
         def read_another(slots: Ints) -> None:
             aim(slots)
@@ -185,20 +197,26 @@ class ImageStream(Dataset[Images | InputError]):
         for group in groups:
             settle(group, aim, aim)
         ends = self.regions(self.seed, iteration, samples, self.data.sizes[chosen], focus)
-        together = _Together(len(samples), ends, self.least)
+        together, labels_together = (_Together(len(samples), ends, self.least) for _ in range(2))
         parts: dict[int, NDArray[Any]] = {}
+        maps: dict[int, NDArray[np.uint8]] = {}
         for group in groups:
             settle(group, read, read_another)
         corner, extents = np.ascontiguousarray(ends[..., 0]), ends[..., 1] - ends[..., 0]
-        ordered = [parts[slot] for slot in range(len(samples))]
-        images, scaling = together.stack(ordered, extents, self.data.scaling[chosen])
+        order = range(len(samples))
+        images, scaling = together.stack([parts[slot] for slot in order], extents, self.data.scaling[chosen])
+        labels = None
+        if self.labels:
+            size = tuple(images.shape[2:])
+            labels, _ = labels_together.stack([maps[slot] for slot in order], extents, scaling, size)
+        targets = torch.from_numpy(self.data.targets_if_alike()[chosen])
         arrays = (extents, corner, focus, self.data.sizes[chosen], scaling, samples, chosen)
         tensors: Any = tuple(torch.from_numpy(array) for array in arrays)
-        return Images._make((images, *tensors, iteration, bad))
+        return Images._make((images, *tensors, iteration, bad, labels, targets))
 
 
 class _Together:
-    """The memory of a batch, into whose slots samples are read without a copy; shared where another process waits.
+    """The memory of a batch's images or label maps, read into its slots without a copy; shared where a process waits.
 
     Its size and type are those of the first sample read: one that does not fit gets memory of its own.
     """
@@ -216,7 +234,7 @@ class _Together:
     def room(self, slots: Sequence[int]) -> Allocate:
         def allocate(number: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
             if self.images is None:
-                self.images = _zeros((self.count, shape[0], *self.shape), dtype)
+                self.images = _zeros((self.count, *shape[: -len(self.shape)], *self.shape), dtype)
                 self.slots = self.images.numpy()
             slot: NDArray[Any] = self.slots[slots[number]]
             fits = slot.dtype == dtype and all(s >= n for s, n in zip(slot.shape, shape, strict=True))
@@ -225,16 +243,25 @@ class _Together:
         return allocate
 
     def stack(
-        self, parts: Sequence[NDArray[Any]], extents: Ints, scaling: NDArray[np.float64]
+        self,
+        parts: Sequence[NDArray[Any]],
+        extents: Ints,
+        scaling: NDArray[np.float64],
+        size: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, NDArray[np.float64]]:
-        """The parts, zero-filled at the high end to a common size; of several types, each brought to [0, 1]."""
-        if self.images is not None and all(np.shares_memory(p, s) for p, s in zip(parts, self.slots, strict=True)):
+        """The parts, zero-filled at the high end to a common `size`; of several types, each brought to [0, 1]."""
+        if (
+            size in (None, self.shape)
+            and self.images is not None
+            and all(np.shares_memory(p, s) for p, s in zip(parts, self.slots, strict=True))
+        ):
             return self.images, scaling
         several = len({part.dtype for part in parts}) > 1
         dtype = np.dtype(np.float32) if several else parts[0].dtype
-        images = _zeros((self.count, parts[0].shape[0], *self._size(extents)), dtype)
+        lead = parts[0].shape[: -len(self.shape)]
+        images = _zeros((self.count, *lead, *(size or self._size(extents))), dtype)
         for slot, part, extent, row in zip(images.numpy(), parts, extents.tolist(), scaling, strict=True):
-            inside = (slice(None), *map(slice, extent))
+            inside: Any = (..., *map(slice, extent))
             found = part[inside]
             slot[inside] = to_unit_range(torch.from_numpy(found)[None], row[None])[0] if several else found
         return images, np.tile([1.0, 0.0, 0.0, 1.0], (self.count, 1)) if several else scaling

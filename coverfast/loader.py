@@ -25,14 +25,15 @@ from coverfast.shard_set import PathLike, ShardSet
 
 
 def to_device(batch: Images, device: torch.device) -> Images:
-    """The images as they are stored to the device, there to [0, 1]."""
+    """The images as they are stored to the device, there to [0, 1]; labels and targets as they are."""
     images = to_unit_range(batch.images.to(device, non_blocking=True), batch.scaling)
     for axis, size in enumerate(images.shape[2:]):
         if bool((batch.extents[:, axis] < size).any()):
             inside = torch.arange(size) < batch.extents[:, axis, None]
             shape = [len(images), 1, *(size if i == axis else 1 for i in range(images.ndim - 2))]
             images *= inside.to(device, non_blocking=True).reshape(shape)
-    return batch._replace(images=images)
+    labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+    return batch._replace(images=images, labels=labels, targets=batch.targets.to(device, non_blocking=True))
 
 
 class _Iterations:
@@ -165,7 +166,9 @@ def _ahead(batches: Iterator[Images], device: torch.device) -> Iterator[Images]:
 def _arrived(batch: Images, event: torch.cuda.Event) -> Images:
     current = torch.cuda.current_stream(batch.images.device)
     current.wait_event(event)
-    batch.images.record_stream(current)
+    for moved in (batch.images, batch.labels, batch.targets):
+        if moved is not None:
+            moved.record_stream(current)
     return batch
 
 
@@ -185,11 +188,13 @@ def crop_loader(
     rank: int = 0,
     world: int = 1,
     on_bad_sample: str = "stop",
+    labels: bool = False,
 ) -> Iterator[Images]:
     """Random crops of the samples of shards, for a training loop of your own; see `ShardSet` and `ImageStream`.
 
     crop: an int or one per axis. Yields `Images` with float32 images `(batch / world, C, *crop)` in [0, 1] on `device`,
-    smaller images zero-filled. Begin at `first` to go on where another run stopped.
+    smaller images zero-filled. labels: with the class indices of the same crops, `(batch / world, *crop)` uint8, 0
+    where there is no image; the shards must have label maps. Begin at `first` to go on where another run stopped.
     """
     shards = ShardSet(data, split)
     size = per_axis("crop", crop, shards.ndim)
@@ -204,6 +209,7 @@ def crop_loader(
         rank=rank,
         world=world,
         on_bad_sample=on_bad_sample,
+        labels=labels,
     )
     return load_batches(stream, first=first, last=last, workers=workers, device=device)
 

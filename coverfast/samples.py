@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +17,10 @@ from coverfast.checks import InputError, require
 SPLITS = ("train", "val", "test")
 #: What a reader does about a sample that cannot be read.
 ON_BAD_SAMPLE = ("stop", "skip")
+LABEL_DTYPES = ("uint8", "uint16", "uint32")
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32")
+#: Most classes of a table: their indices are uint8.
+MOST_CLASSES = 256
 # Attributes of 64 KiB and more leave HDF5's checksummed object header.
 LONGEST_TEXT = 32768
 
@@ -44,6 +48,13 @@ class Original:
         return tuple(float(v) for v in np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0)))
 
 
+class LabelClass(NamedTuple):
+    """A value of label maps, at least 0 and below 2^32, and the name of what it marks."""
+
+    value: int
+    name: str
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One image as a shard keeps it.
@@ -51,7 +62,8 @@ class Sample:
     pixels: `(C, *S)`, S = (H, W) or (D, H, W), one of `DTYPES`. Its values mean `stored * slope + intercept`;
     `lo` and `hi`, in those scaled units, become 0 and 1. spacing: mm per pixel in the order of S, 1.0 where
     unknown. source: the name that messages use. group: patient or subject, "" for a group of its own. split: one of
-    `SPLITS`. original: where the image lies in its file, if it came from one.
+    `SPLITS`. original: where the image lies in its file, if it came from one. labels: `(*S)`, one of `LABEL_DTYPES`,
+    the values of a label map on the image's grid as the file had them. target: name of the image's class, "" for none.
     """
 
     pixels: NDArray[Any]
@@ -64,6 +76,8 @@ class Sample:
     group: str = ""
     split: str = "train"
     original: Original | None = None
+    labels: NDArray[Any] | None = None
+    target: str = ""
 
     def normalised(self) -> NDArray[np.float32]:
         """The image in [0, 1], `(stored * slope + intercept - lo) / (hi - lo)` clipped; all 0 where hi <= lo."""
@@ -77,7 +91,10 @@ class Sample:
 
 
 class SampleInfo(NamedTuple):
-    """What a shard says of a sample without its pixels being read; `shape` is `(C, *S)`, sha256 hexadecimal."""
+    """What a shard says of a sample without its pixels being read.
+
+    shape: `(C, *S)`. sha256, labels_sha256: hexadecimal, of the pixels and of the label map, "" where there is none.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -91,6 +108,8 @@ class SampleInfo(NamedTuple):
     split: str
     original: Original | None
     sha256: str
+    target: str = ""
+    labels_sha256: str = ""
 
 
 def check_sample(sample: Sample) -> None:
@@ -105,12 +124,28 @@ def check_sample(sample: Sample) -> None:
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise InputError(f"{name}: pixels must be finite, got {int((~np.isfinite(pixels)).sum())} NaN or infinite")
     check_metadata(sample, pixels.ndim - 1)
+    _check_labels(sample)
+
+
+def _check_labels(sample: Sample) -> None:
+    labels, name = sample.labels, sample.source
+    if labels is None:
+        return
+    require(isinstance(labels, np.ndarray), f"{name}: labels must be a numpy array, got {type(labels).__name__}")
+    require(
+        labels.dtype.name in LABEL_DTYPES,
+        f"{name}: labels must be one of {', '.join(LABEL_DTYPES)}, got {labels.dtype.name}",
+    )
+    require(
+        labels.shape == sample.pixels.shape[1:],
+        f"{name}: labels must be on the image's grid, {sample.pixels.shape[1:]}, got shape {labels.shape}",
+    )
 
 
 def check_metadata(sample: Sample | SampleInfo, n: int) -> None:
     """Raise `InputError`, naming the source, unless what is said of an image of `n` dimensions makes sense."""
     name, original = sample.source, sample.original
-    for key, text in (("source", name), ("group", sample.group)):
+    for key, text in (("source", name), ("group", sample.group), ("target", sample.target)):
         require(isinstance(text, str) and "\0" not in text, f"{key} must be a string without NUL, got {text!r}")
         require(len(encoded(text)) <= LONGEST_TEXT, f"{key} must be at most {LONGEST_TEXT} bytes, got {text[:80]}...")
     scaling = (sample.slope, sample.intercept, sample.lo, sample.hi, sample.hi - sample.lo)
@@ -161,5 +196,28 @@ def add_to_content(content: Any, sample: Sample | SampleInfo, sha256: str) -> No
     if original:
         numbers += [original.to_original, original.shape, () if original.affine is None else original.affine]
     parts += [np.asarray(values, "<f8").tobytes() for values in numbers]
+    _add_parts(content, parts)
+
+
+def add_classes_to_content(
+    content: Any,
+    samples: Iterable[tuple[str, str]],
+    label_classes: Sequence[LabelClass],
+    target_classes: Sequence[str],
+) -> None:
+    """Add what version 3 has more than version 2, after all samples; see docs/shard-format.md.
+
+    samples: the SHA-256 of the label map of each, in hexadecimal, "" for none, and its target.
+    """
+    parts = [b"version 3"]
+    for sha256, target in samples:
+        parts += [bytes.fromhex(sha256), encoded(target)]
+    parts.append(np.asarray([value for value, _ in label_classes], "<u8").tobytes())
+    parts += [encoded(name) for _, name in label_classes]
+    parts += [encoded(name) for name in target_classes]
+    _add_parts(content, parts)
+
+
+def _add_parts(content: Any, parts: Iterable[bytes]) -> None:
     for part in parts:
         content.update(struct.pack("<Q", len(part)) + part)

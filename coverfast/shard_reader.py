@@ -1,15 +1,11 @@
-"""Read HDF5 shards (format v2) and verify them."""
+"""Read HDF5 shards (formats v2 and v3)."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import itertools
-import json
 import operator
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,65 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coverfast.checks import InputError, require
-from coverfast.samples import (
-    DTYPES,
-    SPLITS,
-    Original,
-    Sample,
-    SampleInfo,
-    add_to_content,
-    check_metadata,
-    check_sample,
-    pixel_digest,
-)
+from coverfast.class_tables import ClassIndices
+from coverfast.samples import DTYPES, LABEL_DTYPES, SPLITS, LabelClass, Original, Sample, SampleInfo, check_metadata
+from coverfast.shard_index import FAULTS, naming, open_file, read_index, reason, string
 
-FORMAT = "coverfast-shard"
-VERSION = 2
 Region = Sequence[slice]
 Allocate = Callable[[int, tuple[int, ...], np.dtype[Any]], NDArray[Any]]
-Progress = Callable[[int, int], None]
 
-# What h5py raises on damaged files, one or the other by the place of the damage.
-_FAULTS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError)
 _open_shards: weakref.WeakSet[Shard] = weakref.WeakSet()
-
-
-def reason(error: BaseException) -> str:
-    """What an exception says, as part of a sentence."""
-    number = getattr(error, "errno", None)
-    text = os.strerror(number) if number else str(error.args[0] if error.args else type(error).__name__)
-    text = text.replace("filter returned failure", "a checksum or filter failed")
-    return " ".join(text.split())[:200]
-
-
-@contextlib.contextmanager
-def _naming(what: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except _FAULTS as error:
-        raise InputError(f"{what} cannot be read: {reason(error)}") from error
-
-
-def _string(value: Any) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
-def _open(path: Path) -> h5py.File:
-    with _naming(str(path)):
-        require(path.exists(), f"{path} must be a shard, found no such file")
-        require(path.is_file(), f"{path} must be a shard, got a folder or a special file")
-        path.open("rb").close()
-        require(path.stat().st_size > 0, f"{path} must be a shard, got an empty file")
-        require(h5py.is_hdf5(path), f"{path} must be a shard, got a file that is not HDF5 or has a damaged start")
-    try:
-        # Shards never change under their name, so a lock would only fail where file systems have none. The cache is
-        # that of one open sample: several crops of it decode a chunk once.
-        return h5py.File(path, "r", locking=False, rdcc_nbytes=64 << 20, rdcc_nslots=4001)
-    except _FAULTS as error:
-        state = "truncated" if "truncated" in str(error) else "damaged"
-        raise InputError(f"{path} is a {state} HDF5 file: {reason(error)}") from error
 
 
 class Shard:
@@ -86,7 +31,11 @@ class Shard:
     len(): samples. path: absolute. ndim: 2 or 3. channels. sizes: `(N, ndim)` int64, every sample's S in pixels.
     scaling: `(N, 4)` float64, slope, intercept, lo and hi. splits: `(N,)` uint8, an index into `SPLITS`.
     content_hash: SHA-256 (hexadecimal) over the pixels of all samples in order and all that is said of them.
-    preprocessing: the dict given to the writer.
+    preprocessing: the dict given to the writer. version: of the format, 2 without labels and targets, 3 with either.
+
+    label_classes: what the values of the label maps mean, by value, the first one 0, the background; empty without
+    label maps. A class index is a place in it. target_classes: names of the images' classes. targets: `(N,)` int64, the
+    place of each sample's class in them, -1 for none.
 
     Opening reads the index only. Pickles by path; a forked child opens a handle of its own. Both refuse a file
     that was replaced by another content meanwhile. `InputError`: no such file, not a shard, damaged, a newer
@@ -100,56 +49,23 @@ class Shard:
         self._connect()
 
     def _connect(self) -> None:
-        file = _open(self.path)
+        file = open_file(self.path)
         try:
-            with _naming(str(self.path)):
-                self._read_root(file)
+            with naming(str(self.path)):
+                index = read_index(file, self.path)
+                self._samples: h5py.Group = file["samples"]
+                self._maps: h5py.Group | None = file["labels"] if index.label_classes else None
         except BaseException:
             file.close()
             raise
+        self.version, self.ndim, self.channels = index.version, index.ndim, index.channels
+        self.content_hash, self.preprocessing = index.content_hash, index.preprocessing
+        self.sizes, self.scaling, self.splits = index.sizes, index.scaling, index.splits
+        self.label_classes: tuple[LabelClass, ...] = index.label_classes
+        self.target_classes, self.targets = index.target_classes, index.targets
+        self._indices = ClassIndices(index.label_classes)
         self._file = file
         _open_shards.add(self)
-
-    def _read_root(self, file: h5py.File) -> None:
-        path, root = self.path, file.attrs
-        require(
-            "format" in root and _string(root["format"]) == FORMAT,
-            f"{path} must be a shard, got an HDF5 file without the attribute format = {FORMAT!r}",
-        )
-        version = int(root["version"])
-        require(version == VERSION, f"{path} must be of shard format version {VERSION}, got version {version}")
-        self.ndim, self.channels = int(root["ndim"]), int(root["channels"])
-        self.content_hash = _string(root["content_sha256"])
-        self.preprocessing: dict[str, Any] = json.loads(_string(root["preprocessing"]))
-        samples = file["samples"]
-        count, found = int(root["count"]), len(samples)
-        self.sizes: NDArray[np.int64] = file["sizes"][()].astype(np.int64)
-        self.scaling: NDArray[np.float64] = file["scaling"][()].astype(np.float64)
-        self.splits: NDArray[np.uint8] = file["splits"][()].astype(np.uint8)
-        for table in (self.sizes, self.scaling, self.splits):
-            table.flags.writeable = False
-        require(
-            self.ndim in (2, 3) and self.channels >= 1 and count >= 1,
-            f"{path} must hold at least 1 sample of 2 or 3 axes and 1 channel, got {count} of {self.ndim} axes and "
-            f"{self.channels} channels",
-        )
-        require(
-            isinstance(self.preprocessing, dict),
-            f"{path} must have a JSON object as preprocessing, got {self.preprocessing!r:.80}",
-        )
-        require(
-            self.sizes.shape == (count, self.ndim) and found == count and bool((self.sizes >= 1).all()),
-            f"{path} must have {count} samples of {self.ndim} axes, got {found} and sizes {self.sizes.shape}",
-        )
-        require(
-            self.scaling.shape == (count, 4) and bool(np.isfinite(self.scaling).all()),
-            f"{path} must have {count} rows of 4 finite numbers as scaling, got {self.scaling.shape}",
-        )
-        require(
-            self.splits.shape == (count,) and bool((self.splits < len(SPLITS)).all()),
-            f"{path} must have {count} splits below {len(SPLITS)}, got {self.splits.shape}",
-        )
-        self._samples: h5py.Group = samples
 
     def _handle(self) -> h5py.File:
         require(not self._closed, f"{self.path} must be open, it was closed")
@@ -197,17 +113,25 @@ class Shard:
         return i
 
     def dataset(self, index: int) -> h5py.Dataset:
-        """The HDF5 dataset of sample `index`."""
+        """The HDF5 dataset of the pixels of sample `index`."""
         i = self._check_index(index)
-        with _naming(f"{self.path}: sample {i}"):
-            dataset = self._samples[f"{i:08d}"]
-            require(isinstance(dataset, h5py.Dataset), f"{self.path}: sample {i} must be a dataset")
+        return self._node(self._samples, i, f"sample {i}")
+
+    def label_dataset(self, index: int) -> h5py.Dataset | None:
+        """The HDF5 dataset of the label map of sample `index`; None in a shard without label maps."""
+        i = self._check_index(index)
+        return None if self._maps is None else self._node(self._maps, i, f"label map of sample {i}")
+
+    def _node(self, group: h5py.Group, i: int, what: str) -> h5py.Dataset:
+        with naming(f"{self.path}: {what}"):
+            dataset = group[f"{i:08d}"]
+            require(isinstance(dataset, h5py.Dataset), f"{self.path}: {what} must be a dataset")
         return dataset
 
     def info(self, index: int) -> SampleInfo:
         """What the shard says of sample `index`, without reading pixels; `InputError` if it cannot be read."""
-        dataset, i = self.dataset(index), operator.index(index)
-        with _naming(f"{self.path}: sample {i}"):
+        dataset, labels, i = self.dataset(index), self.label_dataset(index), operator.index(index)
+        with naming(f"{self.path}: sample {i}"):
             said = dict(dataset.attrs)
             original = None
             if "to_original" in said:
@@ -215,7 +139,7 @@ class Shard:
                     tuple(int(v) for v in said["original_shape"]),
                     np.asarray(said["to_original"], np.float64),
                     np.asarray(said["original_affine"], np.float64) if "original_affine" in said else None,
-                    _string(said.get("original_orientation", "")),
+                    string(said.get("original_orientation", "")),
                 )
             slope, intercept, lo, hi = self.scaling[i].tolist()
             info = SampleInfo(
@@ -226,11 +150,13 @@ class Shard:
                 lo=lo,
                 hi=hi,
                 spacing=tuple(float(v) for v in np.atleast_1d(said["spacing"])),
-                source=_string(said["source"]),
-                group=_string(said["group"]),
+                source=string(said["source"]),
+                group=string(said["group"]),
                 split=SPLITS[self.splits[i]],
                 original=original,
-                sha256=_string(said["sha256"]),
+                sha256=string(said["sha256"]),
+                target=self.target_classes[self.targets[i]] if self.targets[i] >= 0 else "",
+                labels_sha256="" if labels is None else string(labels.attrs["sha256"]),
             )
         expected = (self.channels, *(int(s) for s in self.sizes[i]))
         require(
@@ -238,20 +164,26 @@ class Shard:
             f"{self.path}: sample {i} ({info.source}) must be {expected} as the index says, of an integer type or "
             f"float32, got {info.shape} {info.dtype}",
         )
+        shape, dtype = ((), "") if labels is None else (labels.shape, labels.dtype.name)
+        require(
+            labels is None or (shape == expected[1:] and dtype in LABEL_DTYPES),
+            f"{self.path}: label map of sample {i} ({info.source}) must be {expected[1:]} of "
+            f"{', '.join(LABEL_DTYPES)}, got {shape} of {dtype}",
+        )
         check_metadata(info, self.ndim)
         return info
 
     def source(self, index: int) -> str:
         """The source name of sample `index`."""
         dataset, i = self.dataset(index), operator.index(index)
-        with _naming(f"{self.path}: sample {i}"):
-            return _string(dataset.attrs["source"])
+        with naming(f"{self.path}: sample {i}"):
+            return string(dataset.attrs["source"])
 
     def identity(self, index: int) -> tuple[str, str]:
         """SHA-256 of the pixels of sample `index`, as the shard says it, and its group."""
         dataset, i = self.dataset(index), operator.index(index)
-        with _naming(f"{self.path}: sample {i}"):
-            return _string(dataset.attrs["sha256"]), _string(dataset.attrs["group"])
+        with naming(f"{self.path}: sample {i}"):
+            return string(dataset.attrs["sha256"]), string(dataset.attrs["group"])
 
     def read(self, index: int, region: Region | None = None) -> Sample:
         """Sample `index`, or the part of it inside `region`, a slice with start and stop along each axis of S.
@@ -261,13 +193,14 @@ class Shard:
         """
         info = self.info(index)
         (pixels,) = self.pixels(index, [region])
+        labels = None if self._maps is None else self._label_values(operator.index(index), [region])[0]
         original = info.original
         if region is not None and original is not None:
             shift = np.eye(self.ndim + 1)
             shift[:-1, -1] = [r.start for r in region]
             original = replace(original, to_original=original.to_original @ shift)
-        fields = ("slope", "intercept", "lo", "hi", "spacing", "source", "group", "split")
-        return Sample(pixels, original=original, **{name: getattr(info, name) for name in fields})
+        fields = ("slope", "intercept", "lo", "hi", "spacing", "source", "group", "split", "target")
+        return Sample(pixels, original=original, labels=labels, **{name: getattr(info, name) for name in fields})
 
     def pixels(
         self, index: int, regions: Sequence[Region | None] = (None,), allocate: Allocate | None = None
@@ -279,35 +212,74 @@ class Shard:
         filled where it is larger. `InputError` as in `read`.
         """
         i = self._check_index(index)
+        return self._parts(self._samples, i, (self.channels,), regions, allocate or _empty)
+
+    def labels(
+        self, index: int, regions: Sequence[Region | None] = (None,), allocate: Allocate | None = None
+    ) -> list[NDArray[np.uint8]]:
+        """The class indices `(*S)` of sample `index` inside each region, uint8; see `pixels` for the arguments.
+
+        `InputError` as in `read`, and for a shard without label maps.
+        """
+        i = self._check_index(index)
+        values = self._label_values(i, regions)
+        found = [self.check_labels(i, part) for part in values]
+        if allocate is None:
+            return found
+        # Only now, that what cannot be read leaves no trace in memory that another sample may get.
+        out: list[NDArray[np.uint8]] = []
+        for number, part in enumerate(found):
+            out.append(allocate(number, part.shape, part.dtype))
+            out[-1][tuple(map(slice, part.shape))] = part
+        return out
+
+    def check_labels(self, index: int, values: NDArray[Any]) -> NDArray[np.uint8]:
+        """The class indices of label values of sample `index`; `InputError` if one is not in the table."""
+        try:
+            return self._indices(values)
+        except InputError as error:
+            raise InputError(f"{self._named(index, 'label map of ')}: {error}") from error
+
+    def _label_values(self, i: int, regions: Sequence[Region | None]) -> list[NDArray[Any]]:
+        if self._maps is None:
+            raise InputError(f"{self.path} must have label maps to read labels, got a shard without")
+        return self._parts(self._maps, i, (), regions, _empty)
+
+    def _parts(
+        self, group: h5py.Group, i: int, lead: tuple[int, ...], regions: Sequence[Region | None], allocate: Allocate
+    ) -> list[NDArray[Any]]:
+        """Parts of the pixels `(C, *S)`, lead (C,), or of the label map `(*S)`, lead (), of sample `i`."""
         whole = tuple(self.sizes[i].tolist())
         try:
             # h5py's own slicing takes as long again as HDF5 does.
-            dataset = h5py.h5d.open(self._samples.id, b"%08d" % i)
+            dataset = h5py.h5d.open(group.id, b"%08d" % i)
             space, dtype = dataset.get_space(), dataset.dtype
-            if space.shape != (self.channels, *whole) or dtype.name not in DTYPES:
+            if space.shape != (*lead, *whole) or dtype.name not in (DTYPES if lead else LABEL_DTYPES):
                 self.info(i)  # says what is wrong
             out: list[NDArray[Any]] = []
             for region in regions:
                 start, shape = _extent(region, whole)
-                shape = (self.channels, *shape)
-                space.select_hyperslab((0, *start), shape)
-                part = (allocate or _empty)(len(out), shape, dtype.newbyteorder("="))
+                shape = (*lead, *shape)
+                space.select_hyperslab((*(0 for _ in lead), *start), shape)
+                part = allocate(len(out), shape, dtype.newbyteorder("="))
                 place = h5py.h5s.create_simple(part.shape)
                 place.select_hyperslab((0,) * len(shape), shape)
                 dataset.read(place, space, part)
                 out.append(part)
             return out
-        except _FAULTS as error:
+        except FAULTS as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{self._named(i)} cannot be read: {reason(error)}") from error
+            raise InputError(
+                f"{self._named(i, '' if lead else 'label map of ')} cannot be read: {reason(error)}"
+            ) from error
 
-    def _named(self, i: int) -> str:
+    def _named(self, i: int, what: str = "") -> str:
         """File, index and, if that can still be read, source."""
         try:
-            return f"{self.path}: sample {i} ({self.source(i)})"
+            return f"{self.path}: {what}sample {i} ({self.source(i)})"
         except InputError:
-            return f"{self.path}: sample {i}"
+            return f"{self.path}: {what}sample {i}"
 
 
 def _empty(number: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -336,52 +308,3 @@ def _release_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_release_all)
-
-
-def verify(path: str | os.PathLike[str], progress: Progress | None = None) -> list[str]:
-    """Read all of a shard and return what is wrong, a sentence each; an empty list means sound.
-
-    Checks every chunk, every sample's SHA-256, size, scaling and spacing, and the content hash. progress: called
-    with (samples done, samples in all).
-    """
-    try:
-        shard = Shard(path)
-    except InputError as error:
-        return [str(error)]
-    problems: list[str] = []
-    content = hashlib.sha256()
-    with shard:
-        for i in range(len(shard)):
-            try:
-                info, sample = shard.info(i), shard.read(i)
-                check_sample(sample)
-                add_to_content(content, sample, info.sha256)
-                if pixel_digest(sample.pixels) != info.sha256:
-                    problems.append(f"{shard.path}: sample {i} ({info.source}) does not match its sha256")
-            except (InputError, ValueError) as error:
-                text = str(error)
-                text = text if str(shard.path) in text else f"{shard.path}: sample {i}: {text}"
-                problems.append(text + _broken_chunks(shard, i))
-            if progress is not None:
-                progress(i + 1, len(shard))
-        if not problems and content.hexdigest() != shard.content_hash:
-            problems.append(f"{shard.path}: what it says of its samples does not match content_sha256")
-    return problems
-
-
-def _broken_chunks(shard: Shard, index: int) -> str:
-    """Where the chunks of a sample that cannot be read begin, as the end of a sentence; empty if it is not they."""
-    try:
-        chunks = shard.dataset(index).chunks[1:]
-    except (*_FAULTS, InputError):
-        return ""
-    broken = []
-    size = shard.sizes[index].tolist()
-    for start in itertools.product(*(range(0, s, c) for s, c in zip(size, chunks, strict=True))):
-        region = [slice(a, min(a + c, s)) for a, c, s in zip(start, chunks, size, strict=True)]
-        try:
-            shard.pixels(index, [region])
-        except InputError:
-            broken.append(str(start))
-    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-    return f" (chunks at {', '.join(broken[:3])}{more})" if broken else ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import glob
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coverfast.checks import InputError, check_choice, require
-from coverfast.samples import SPLITS, Sample
+from coverfast.samples import SPLITS, LabelClass, Sample
 from coverfast.shard_reader import Allocate, Region, Shard
 
 PathLike = str | os.PathLike[str]
@@ -56,7 +58,8 @@ class ShardSet:
 
     len(): samples. shards: the files. ndim: 2 or 3. channels. preprocessing: the same in all. sizes: `(N, ndim)` int64.
     scaling: `(N, 4)` float64. split_counts: samples of every split. content_hash: SHA-256 over all samples of all
-    shards, whatever the split.
+    shards, whatever the split. label_classes, target_classes, targets, labels(): see `Shard`; only they are refused
+    where shards differ in a class table, or some have label maps, or targets, and others have none.
 
     Pickles by path; handles survive neither fork nor pickling, each process opens its own. `InputError`: see
     `find_shards` and `Shard`; shards that differ in dimension, channels or preprocessing, or are the same by their
@@ -69,7 +72,8 @@ class ShardSet:
         self.paths, self.split, self._most = find_shards(paths), split, open_files
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._hashes: list[str] = []
-        where, sizes, scaling = [], [], []
+        where, sizes, scaling, targets = [], [], [], []
+        tables: list[tuple[tuple[LabelClass, ...], tuple[str, ...]]] = []
         self.split_counts = dict.fromkeys(SPLITS, 0)
         for number, path in enumerate(self.paths):
             shard = self._handle(number)
@@ -87,16 +91,28 @@ class ShardSet:
             where.append(np.stack([np.full(len(chosen), number), chosen], axis=1))
             sizes.append(shard.sizes[chosen])
             scaling.append(shard.scaling[chosen])
+            targets.append(shard.targets[chosen])
+            tables.append((shard.label_classes, shard.target_classes))
         self._where: NDArray[np.int64] = np.concatenate(where)
         self.sizes: NDArray[np.int64] = np.concatenate(sizes)
         self.scaling: NDArray[np.float64] = np.concatenate(scaling)
-        some = f"{self.paths[0]}" + (f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else "")
-        require(len(self) > 0, f"{some} must hold samples of the split {split!r}, found none; see `shards info`")
+        self._targets: NDArray[np.int64] = np.concatenate(targets)
+        (self._label_classes, self._target_classes), *_ = tables
+        self._apart = {
+            kind: next((i for i, table in enumerate(tables) if table[place] != tables[0][place]), None)
+            for place, kind in enumerate(("label", "target"))
+        }
+        require(
+            len(self) > 0, f"{self._some()} must hold samples of the split {split!r}, found none; see `shards info`"
+        )
 
     @property
     def content_hash(self) -> str:
         """Of one shard its own; of several the SHA-256 of theirs, in order."""
         return self._hashes[0] if len(self._hashes) == 1 else hashlib.sha256("".join(self._hashes).encode()).hexdigest()
+
+    def _some(self) -> str:
+        return f"{self.paths[0]}" + (f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else "")
 
     def _check_alike(self, shard: Shard) -> None:
         first = self.paths[0]
@@ -109,6 +125,57 @@ class ShardSet:
             shard.preprocessing == self.preprocessing,
             f"{shard.path} must be preprocessed like {first} ({self.preprocessing}), got {shard.preprocessing}",
         )
+
+    @property
+    def label_classes(self) -> tuple[LabelClass, ...]:
+        """What the values of the label maps mean; empty without label maps. See `Shard`."""
+        self._check_together("label", self._label_classes)
+        return self._label_classes
+
+    @property
+    def target_classes(self) -> tuple[str, ...]:
+        """The names of the images' classes; empty without targets. See `Shard`."""
+        self._check_together("target", self._target_classes)
+        return self._target_classes
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """`(N,)` int64, the place of each sample's class in `target_classes`, -1 for none."""
+        self._check_together("target", self._target_classes)
+        return self._targets
+
+    def targets_if_alike(self) -> NDArray[np.int64]:
+        """`targets`, or -1 throughout where the shards differ in their target classes."""
+        return self._targets if self._apart["target"] is None else np.full(len(self), -1, np.int64)
+
+    def need_labels(self) -> None:
+        """Raise `InputError` unless every shard has label maps, of the same classes."""
+        require(len(self.label_classes) > 0, f"{self._some()} must have label maps, found none")
+
+    def _check_together(self, kind: str, first: Sequence[Any]) -> None:
+        if (number := self._apart[kind]) is not None:
+            shard = self._handle(number)
+            other = shard.label_classes if kind == "label" else shard.target_classes
+            raise InputError(
+                f"{shard.path} must have the {kind} classes of {self.paths[0]} ({_classes(first)}), got "
+                f"{_classes(other)}"
+            )
+
+    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> ShardSet:
+        """The chosen samples, in that order, as a set of their own; `InputError` for none or one that is not there.
+
+        paths, split, split_counts and content_hash stay those of the whole.
+        """
+        chosen = np.asarray(indices)
+        sound = chosen.ndim == 1 and chosen.size > 0 and chosen.dtype.kind in "iu"
+        require(
+            sound and bool(((chosen >= 0) & (chosen < len(self))).all()),
+            f"indices must be at least 1 integer from 0 to {len(self) - 1}, got {chosen.tolist()!r:.80}",
+        )
+        part = copy.copy(self)  # by way of __getstate__: with handles of its own
+        part._where, part._targets = self._where[chosen], self._targets[chosen]
+        part.sizes, part.scaling = self.sizes[chosen], self.scaling[chosen]
+        return part
 
     def _twin(self, content_hash: str) -> Path | str:
         return self.paths[self._hashes.index(content_hash)] if content_hash in self._hashes else ""
@@ -156,15 +223,35 @@ class ShardSet:
         self, index: int, regions: Sequence[Region | None] = (None,), allocate: Allocate | None = None
     ) -> list[NDArray[Any]]:
         """Stored pixels of sample `index` in each region, see `Shard.pixels`; `InputError` names file and sample."""
-        shard, sample = self._where[index].tolist()
+        number, sample = self._where[index].tolist()
+        with self._naming(number, sample):
+            return self._handle(number).pixels(sample, regions, allocate)
+
+    def labels(
+        self, index: int, regions: Sequence[Region | None] = (None,), allocate: Allocate | None = None
+    ) -> list[NDArray[np.uint8]]:
+        """Class indices of sample `index` in each region, see `Shard.labels`; `InputError` names file and sample."""
+        self.need_labels()
+        number, sample = self._where[index].tolist()
+        with self._naming(number, sample):
+            return self._handle(number).labels(sample, regions, allocate)
+
+    @contextlib.contextmanager
+    def _naming(self, number: int, sample: int) -> Iterator[None]:
         try:
-            return self._handle(shard).pixels(sample, regions, allocate)
+            yield
         except InputError as error:
-            path = str(self.paths[shard])
-            text = str(error)
-            raise InputError(text if f"{path}: sample" in text else f"{path}: sample {sample}: {text}") from error
+            path, text = str(self.paths[number]), str(error)
+            named = f"{path}: sample" in text or f"{path}: label map" in text
+            raise InputError(text if named else f"{path}: sample {sample}: {text}") from error
 
     def close(self) -> None:
         """Close all files; they are opened again when they are needed."""
         while self._open:
             self._open.popitem()[1].close()
+
+
+def _classes(table: Sequence[Any]) -> str:
+    """A class table as part of a sentence."""
+    names = [f"{c.value} {c.name}" if isinstance(c, LabelClass) else str(c) for c in table]
+    return ", ".join(names[:10]) + f" and {len(names) - 10} more" * (len(names) > 10) if names else "none"

@@ -1,4 +1,4 @@
-"""HDF5 shards, format v2: images as they were stored, with their scaling, checked from end to end.
+"""HDF5 shards, formats v2 and v3: images as they were stored, with scaling and labels, checked from end to end.
 
 `docs/shard-format.md` defines the layout. Every byte that matters lies under a checksum, a shard appears under
 its name only when it is complete and was read back, and a reader refuses what it cannot vouch for.
@@ -10,10 +10,9 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -21,30 +20,45 @@ from typing import Any
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
 from coverfast import __version__
 from coverfast.checks import InputError, check_choice, require
+from coverfast.class_tables import ClassTables, LabelTable, table_text, values_of
 from coverfast.disk import full_disk, sync_folder
 from coverfast.samples import (
     LONGEST_TEXT,
     SPLITS,
+    LabelClass,
     Original,
     Sample,
     SampleInfo,
+    add_classes_to_content,
     add_to_content,
     check_metadata,
     check_sample,
     encoded,
     pixel_digest,
 )
-from coverfast.shard_reader import FORMAT, VERSION, Progress, Shard, reason, verify
+from coverfast.shard_check import Progress, verify
+from coverfast.shard_encode import (
+    allocate,
+    chunk_shape,
+    create,
+    create_table,
+    little_endian,
+    most_stored,
+    put_metadata,
+    put_text,
+)
+from coverfast.shard_index import FORMAT, LABELLED, PLAIN, VERSION, reason
+from coverfast.shard_reader import Shard
 
 __all__ = [
     "COMPRESSIONS",
     "FORMAT",
     "SPLITS",
     "VERSION",
+    "LabelClass",
     "Original",
     "Progress",
     "Sample",
@@ -52,14 +66,13 @@ __all__ = [
     "Shard",
     "ShardWriter",
     "check_sample",
+    "chunk_shape",
     "verify",
 ]
 
 COMPRESSIONS = ("none", "gzip")
 # More than the HDF5 metadata of one sample, its links and the index can take.
 _SLACK = 1 << 20
-# By measurement, bench/results/data-*.json: large enough to spare HDF5 its time a chunk, small enough for a crop.
-_EDGE = {2: 256, 3: 32}
 
 
 class ShardWriter:
@@ -68,12 +81,14 @@ class ShardWriter:
     ndim: 2 or 3. channels: of every sample. None takes them from the first sample. preprocessing: a JSON-able dict
     that downstream can repeat. progress: called with (done, total) while the finished file is checked. compression:
     "none", or "gzip" (level 1), which makes smaller files that are read more slowly. draft: neither
-    read back nor synced to the disk, for a file that is only on its way into another shard.
+    read back nor synced to the disk, for a file that is only on its way into another shard. label_classes: names of the
+    label values that may occur, 0 being "background" unless it is named; target_classes: the targets that may occur, in
+    their order; None takes what occurs, values named by their numbers and targets sorted.
 
     The file grows under a temporary name in the target folder (missing folders are made). Leaving the block
     flushes it to disk, reads all of it back and renames it; an exception removes it. `InputError`: an existing
     target without `overwrite`, a folder that cannot be written, a full disk, no samples, or a sample that is
-    not sound or unlike the first one in dimension or channels.
+    not sound, unlike the first one in dimension, channels or in having a label map, or of a class that is not known.
     """
 
     def __init__(
@@ -87,6 +102,8 @@ class ShardWriter:
         progress: Progress | None = None,
         compression: str = "none",
         draft: bool = False,
+        label_classes: LabelTable | None = None,
+        target_classes: Sequence[str] | None = None,
     ) -> None:
         require(ndim in (None, 2, 3), f"ndim must be 2 or 3, got {ndim!r}")
         require(channels is None or channels >= 1, f"channels must be at least 1, got {channels!r}")
@@ -99,6 +116,8 @@ class ShardWriter:
             isinstance(preprocessing, dict) and len(self._preprocessing) <= LONGEST_TEXT,
             f"preprocessing must be a dict of at most {LONGEST_TEXT} bytes of JSON, got {preprocessing!r:.80}",
         )
+        self._tables_given = label_classes, target_classes
+        ClassTables(*self._tables_given)  # refuses what are no tables
         self.path = Path(path)
         self.ndim, self.channels = ndim, channels
         self._overwrite, self._progress, self._compression, self._draft = overwrite, progress, compression, draft
@@ -124,6 +143,9 @@ class ShardWriter:
         self._scaling: list[tuple[float, ...]] = []
         self._splits: list[int] = []
         self._content = hashlib.sha256()
+        self._tables = ClassTables(*self._tables_given)
+        self._classes: list[tuple[str, str]] = []  # SHA-256 of the label map and target of every sample
+        self._maps: h5py.Group | None = None
         self._temporary = self.path.parent / f".{self.path.name[:64]}.{uuid.uuid4().hex[:12]}.part"
         try:
             with self._refusing():
@@ -161,16 +183,47 @@ class ShardWriter:
         self._check_open()
         check_sample(sample)
         self._check_like_first(sample.pixels.shape, sample.source)
+        self._tables.admit(
+            sample.source, None if sample.labels is None else values_of(sample.labels, sample.source), sample.target
+        )
+        self._append(sample)
+
+    def _append(self, sample: Sample) -> None:
         with self._writing():
-            stored = np.ascontiguousarray(sample.pixels, sample.pixels.dtype.newbyteorder("<"))
-            sha256 = pixel_digest(stored)
-            self._encode(stored, sample, sha256)
-            self._note(sample, stored.shape, sha256)
+            stored = little_endian(sample.pixels)
+            labels = None if sample.labels is None else little_endian(sample.labels)
+            sha256, chunks, name = pixel_digest(stored), chunk_shape(stored.shape), self._name()
+            # For both at once: HDF5 claims the room of an open dataset's chunks when it likes.
+            self._reserve(
+                most_stored(stored.shape, chunks, stored.itemsize)
+                + (0 if labels is None else most_stored(labels.shape, chunks[1:], labels.itemsize))
+            )
+            dataset = create(self._samples, name, stored, chunks, gzip=self._compression == "gzip")
+            put_metadata(dataset, sample, sha256)
+            labels_sha256 = ""
+            if labels is not None:
+                labels_sha256 = pixel_digest(labels)
+                # Label maps are nearly constant: compressed they take next to nothing.
+                put_text(
+                    create(self._label_maps(), name, labels, chunks[1:], gzip=True), "sha256", labels_sha256.encode()
+                )
+            self._note(sample, stored.shape, sha256, labels_sha256)
+
+    def _name(self) -> str:
+        return f"{len(self):08d}"
+
+    def _label_maps(self) -> h5py.Group:
+        assert self._file is not None
+        if self._maps is None:
+            self._maps = self._file.create_group("labels")
+        return self._maps
 
     def copy(self, shard: Shard, index: int, *, split: str | None = None, group: str | None = None) -> None:
         """Append a sample of another shard, its chunks as they are stored, in the same or another `split` and `group`.
 
-        Nothing is decoded here: a damaged chunk shows when the finished file is read back.
+        Label and target come along, and unless this writer was given tables of its own, so do the shard's tables;
+        `InputError` if they name a value otherwise. Nothing is decoded here, but for a label map whose shard has
+        classes that this writer was not given: a damaged chunk shows when the finished file is read back.
         """
         self._check_open()
         info = shard.info(index)
@@ -178,20 +231,35 @@ class ShardWriter:
         info = info._replace(split=info.split if split is None else split, group=info.group if group is None else group)
         check_metadata(info, shard.ndim)
         self._check_like_first(info.shape, info.source)
-        dataset = shard.dataset(index)
-        if not (dataset.chunks and dataset.fletcher32 and dataset.dtype.str[0] in "<|"):
-            self.add(replace(shard.read(index), split=info.split, group=info.group))
+        self._admit_from(shard, index, info)
+        datasets = [d for d in (shard.dataset(index), shard.label_dataset(index)) if d is not None]
+        if not all(d.chunks and d.fletcher32 and d.dtype.str[0] in "<|" for d in datasets):
+            sample = replace(shard.read(index), split=info.split, group=info.group)
+            check_sample(sample)
+            self._append(sample)
             return
         with self._writing():
-            self._reserve(dataset.id.get_storage_size())
-            self._samples.copy(dataset, self._samples, f"{len(self):08d}")
+            self._reserve(sum(d.id.get_storage_size() for d in datasets))
+            name = self._name()
+            self._samples.copy(datasets[0], self._samples, name)
+            if len(datasets) > 1:
+                self._label_maps().copy(datasets[1], self._label_maps(), name)
             if changed:
-                copied = self._samples[f"{len(self):08d}"]
-                del copied.attrs[
-                    "group"
-                ]  # h5py would write over it by way of a random name, which may stay in the file
-                self._put_text(copied, "group", encoded(info.group))
-            self._note(info, info.shape, info.sha256)
+                copied = self._samples[name]
+                # h5py would write over it by way of a random name, which may stay in the file.
+                del copied.attrs["group"]
+                put_text(copied, "group", encoded(info.group))
+            self._note(info, info.shape, info.sha256, info.labels_sha256)
+
+    def _admit_from(self, shard: Shard, index: int, info: SampleInfo) -> None:
+        names = dict(shard.label_classes)
+        values = list(names) if names else None
+        if values is not None and not self._tables.has_all(values):
+            labels = shard.read(index).labels
+            assert labels is not None
+            values, names = values_of(labels, info.source), {}
+        targets = () if self._tables.given_targets else shard.target_classes
+        self._tables.admit(info.source, values, info.target, names=names, targets=targets)
 
     def _check_open(self) -> None:
         require(self._file is not None and not self._broken, f"{self.path} must be open for writing (use `with`)")
@@ -209,49 +277,20 @@ class ShardWriter:
             yield
         self._broken = False
 
-    def _note(self, said: Sample | SampleInfo, shape: tuple[int, ...], sha256: str) -> None:
+    def _note(self, said: Sample | SampleInfo, shape: tuple[int, ...], sha256: str, labels_sha256: str) -> None:
         add_to_content(self._content, said, sha256)
+        self._classes.append((labels_sha256, said.target))
         self._sizes.append(shape[1:])
         self._scaling.append((said.slope, said.intercept, said.lo, said.hi))
         self._splits.append(SPLITS.index(said.split))
         self.ndim, self.channels, self._first = len(shape) - 1, shape[0], self._first or said.source
-
-    def _encode(self, stored: NDArray[Any], sample: Sample, sha256: str) -> None:
-        chunks = chunk_shape(stored.shape)
-        count = stored.shape[0] * math.prod(-(-s // c) for s, c in zip(stored.shape[1:], chunks[1:], strict=True))
-        # Deflate may add a few bytes to a chunk that does not compress; the index takes some more.
-        self._reserve(count * (math.prod(chunks) * stored.itemsize * 1001 // 1000 + 256))
-        packed = {"compression": "gzip", "compression_opts": 1, "shuffle": stored.itemsize > 1}
-        squeeze = packed if self._compression == "gzip" else {}
-        # All attributes in the object header: eight is where HDF5 would move them to a heap.
-        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        properties.set_attr_phase_change(16, 12)
-        dataset = self._samples.create_dataset(
-            f"{len(self):08d}", data=stored, chunks=chunks, fletcher32=True, dcpl=properties, **squeeze
-        )
-        dataset.attrs.create("spacing", sample.spacing, dtype="<f8")
-        for key in ("source", "group"):
-            self._put_text(dataset, key, encoded(getattr(sample, key)))
-        self._put_text(dataset, "sha256", sha256.encode())
-        if (original := sample.original) is not None:
-            dataset.attrs.create("to_original", original.to_original, dtype="<f8")
-            dataset.attrs.create("original_shape", original.shape, dtype="<i8")
-            if original.affine is not None:
-                dataset.attrs.create("original_affine", original.affine, dtype="<f8")
-                dataset.attrs.create("original_spacing", original.spacing, dtype="<f8")
-                self._put_text(dataset, "original_orientation", original.orientation.encode())
-
-    @staticmethod
-    def _put_text(node: h5py.HLObject, key: str, text: bytes) -> None:
-        # Variable-length strings live in a heap without checksums.
-        node.attrs.create(key, text, dtype=h5py.string_dtype("utf-8", max(1, len(text))))
 
     def _reserve(self, count: int) -> None:
         """Claim disk space before HDF5 needs it: HDF5 crashes the process when a flush meets a full disk."""
         assert self._file is not None
         end = self._file.id.get_filesize() + count + _SLACK
         if end > self._reserved:
-            _allocate(self._descriptor, self._reserved, end - self._reserved)
+            allocate(self._descriptor, self._reserved, end - self._reserved)
             self._reserved = end
 
     def _finish(self) -> None:
@@ -265,11 +304,12 @@ class ShardWriter:
         }
         self._reserve(2 * sum(table.nbytes for table in tables.values()))
         for name, table in tables.items():
-            rows = (min(len(self), 65536), *table.shape[1:])
-            self._file.create_dataset(
-                name, data=table, chunks=rows, compression="gzip", compression_opts=1, shuffle=True, fletcher32=True
-            )
-        attributes = {"version": VERSION, "ndim": self.ndim, "channels": self.channels, "count": len(self)}
+            create_table(self._file, name, table)
+        labelled = self._tables.labelled or self._tables.targeted
+        if labelled:
+            self._write_classes()
+        version = LABELLED if labelled else PLAIN
+        attributes = {"version": version, "ndim": self.ndim, "channels": self.channels, "count": len(self)}
         for key, value in attributes.items():
             self._file.attrs.create(key, value, dtype="<i8")
         texts = {
@@ -278,8 +318,8 @@ class ShardWriter:
             "content_sha256": self._content.hexdigest(),
         }
         for key, text in texts.items():
-            self._put_text(self._file, key, text.encode())
-        self._put_text(self._file, "preprocessing", self._preprocessing)
+            put_text(self._file, key, text.encode())
+        put_text(self._file, "preprocessing", self._preprocessing)
         self._file.flush()
         os.ftruncate(self._descriptor, self._file.id.get_filesize())
         self._file.close()
@@ -296,6 +336,18 @@ class ShardWriter:
             return
         with contextlib.suppress(OSError):  # some systems cannot sync a folder; the shard is complete all the same
             sync_folder(self.path.parent)
+
+    def _write_classes(self) -> None:
+        assert self._file is not None
+        label_classes, target_classes = self._tables.label_classes, self._tables.target_classes
+        if label_classes:
+            put_text(self._label_maps(), "classes", table_text(label_classes))
+        if self._tables.targeted:
+            places = {name: place for place, name in enumerate(target_classes)} | {"": -1}
+            table = np.asarray([places[target] for _, target in self._classes], "<i2")
+            self._reserve(2 * table.nbytes)
+            put_text(create_table(self._file, "targets", table), "classes", table_text(target_classes))
+        add_classes_to_content(self._content, self._classes, label_classes, target_classes)
 
     def _abort(self) -> None:
         with contextlib.suppress(OSError):  # first of all, where the system lets go of an open file
@@ -318,22 +370,3 @@ class ShardWriter:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
                 raise full_disk(self.path) from error
             raise InputError(f"{self.path} cannot be written: {reason(error)}") from error
-
-
-def chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Chunks of an image `(C, *S)`: one channel, as even along each axis as sides of at most `_EDGE` allow."""
-    edge = _EDGE[len(shape) - 1]
-    return (1, *(-(-s // -(-s // edge)) for s in shape[1:]))
-
-
-def _allocate(descriptor: int, start: int, count: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(descriptor, start, count)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-    os.lseek(descriptor, start, os.SEEK_SET)
-    while count > 0:
-        count -= os.write(descriptor, bytes(min(count, 1 << 20)))

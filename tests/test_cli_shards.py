@@ -229,10 +229,10 @@ def test_byte_sizes_that_are_none(tmp_path, images):
 
 
 def test_lines_now_and_then_without_a_terminal(monkeypatch, capsys):
-    import coverfast.cli.shards as cli
+    import coverfast.cli.shards_progress as cli
 
     monkeypatch.setattr(cli, "_SECONDS", 0.0)
-    with cli._progress() as advance:
+    with cli.progress() as advance:
         advance("reading", 3, 8)
     assert capsys.readouterr().err == "reading 3/8\n"
 
@@ -241,12 +241,22 @@ def test_help_does_not_load_the_library():
     code = "import sys; from coverfast.cli import shards; print(sorted({'h5py', 'torch', 'rich'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "h5py" not in result.stdout
-    for command in ("build", "info", "verify", "merge", "preview"):
+    for command in ("build", "info", "verify", "merge", "preview", "phantom", "atlas"):
         assert command in run("--help").stdout
     said = run("build", "--help", COLUMNS="160").stdout
     for flag in (
         *("--preset", "--workers", "--val-fraction", "--test-fraction", "--split-seed", "--group", "--volume"),
-        *("--shard-size", "--compression", "--skip-bad", "--overwrite", "--restart", "--no-disk-check"),
+        *(
+            "--labels",
+            "--label-table",
+            "--classes",
+            "--shard-size",
+            "--compression",
+            "--skip-bad",
+            "--overwrite",
+            "--restart",
+            "--no-disk-check",
+        ),
         *("--size", "--fit", "--shape", "--threshold", "--enlarge", "--spacing", "--clip"),
     ):
         assert flag in said

@@ -8,6 +8,7 @@ from PIL import Image
 
 from coverfast.checks import InputError
 from coverfast.contact_sheet import contact_sheet, shorten
+from coverfast.report.class_colours import class_colours, label_overlay
 from coverfast.samples import SPLITS, Sample
 from coverfast.shards import Shard, ShardWriter
 
@@ -116,6 +117,94 @@ def test_fine_images_are_averaged(tmp_path):
     left, top, right, bottom = panels(tmp_path / "out.png", 99, 100)
     assert (right - left) / (bottom - top) == pytest.approx(2050 / 2100, rel=0.02)
     assert np.ptp(shown(tmp_path / "out.png")[top + 1 : bottom - 1, left + 1 : right - 1]) <= 2
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """What is written on the sheet."""
+    from matplotlib.axes import Axes
+
+    found = []
+
+    def spy(self, x, y, text, *rest, original=Axes.text, **named):
+        found.append(text)
+        return original(self, x, y, text, *rest, **named)
+
+    monkeypatch.setattr(Axes, "text", spy)
+    return found
+
+
+def labelled(path, labels, **options):
+    with ShardWriter(path, preprocessing={}, **options) as writer:
+        for i, values in enumerate(labels):
+            pixels = np.zeros((1, *values.shape), np.uint8)
+            writer.add(Sample(pixels, 1, 0, 0, 255, (1.0,) * values.ndim, f"s{i}", labels=values, target=f"kind {i}"))
+    return path
+
+
+def test_labels_lie_over_their_image_with_a_legend_and_targets(tmp_path, texts):
+    labels = np.zeros((20, 40), np.uint8)
+    labels[:10, 20:] = 7  # upper right
+    other = np.zeros((20, 40), np.uint8)
+    other[5:15, 5:30] = 3
+    path = labelled(tmp_path / "a.h5", [labels, other], label_classes={7: "liver", 3: "spleen", 9: "absent"})
+    contact_sheet(path, tmp_path / "out.png", count=1)
+    assert "7 liver" in texts
+    assert not [text for text in texts if "spleen" in text or "absent" in text]  # of what is to be seen
+    assert any(text.endswith("train, kind 0") for text in texts)
+    picture = np.asarray(Image.open(tmp_path / "out.png").convert("RGB")).astype(int)
+    ink = np.rint(255 * class_colours(2)[1]).astype(int)
+    tinted, strong = (np.abs(picture - colour).max(axis=-1) <= 3 for colour in (0.3 * ink, ink))
+    black = picture.max(axis=-1) == 0
+    rows, columns = (np.flatnonzero((tinted | black).sum(axis=axis) > 60) for axis in (1, 0))
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    wide, tall = right - left, bottom - top
+    quarters = [tinted[top + tall * y // 4, left + wide * x // 4] for y in (1, 3) for x in (1, 3)]
+    assert quarters == [False, True, False, False]
+    # Outlined where it meets the background: at its left and at its bottom; and a square in the legend.
+    assert strong[top + tall // 4, left + wide // 2 : left + wide // 2 + wide // 40].all()
+    assert not strong[top + tall // 4, right - wide // 10 : right - 3].any()
+    assert strong[:top].sum() > 50
+    texts.clear()
+    contact_sheet(path, tmp_path / "out.png")
+    assert "3 spleen" in texts
+    assert "7 liver" in texts
+
+
+def test_labels_of_volumes_and_of_fine_images_and_of_many_classes(tmp_path, texts):
+    volume = np.zeros((4, 12, 12), np.uint8)
+    volume[2] = np.arange(144).reshape(12, 12)
+    contact_sheet(labelled(tmp_path / "v.h5", [volume]), tmp_path / "out.png")
+    assert "50" in texts
+    fine = np.zeros((2100, 2050), np.uint16)
+    fine[500:1000, 500:1000] = 300
+    contact_sheet(labelled(tmp_path / "f.h5", [fine]), tmp_path / "out.png")
+    assert "300" in texts
+    texts.clear()
+    names = {value: f"a rather long name of class number {value}" for value in range(144)}
+    contact_sheet(labelled(tmp_path / "n.h5", [volume], label_classes=names), tmp_path / "out.png")
+    assert len([text for text in texts if "rather long" in text]) < 30
+    (more,) = [text for text in texts if text.startswith("and ")]
+    assert int(more.split()[1]) == 143 - len([text for text in texts if "rather long" in text])
+
+
+def test_class_colours_and_outlines():
+    colours = class_colours(12)
+    np.testing.assert_array_equal(colours[:5], class_colours(5))
+    assert not colours[0].any()
+    apart = np.abs(colours[:, None] - colours[None]).sum(axis=-1)
+    assert apart[np.triu_indices(12, 1)].min() > 0.2
+    labels = np.zeros((7, 7), np.uint8)
+    labels[1:6, 1:6] = 1
+    labels[3, 3] = 2
+    alpha = label_overlay(labels, colours)[..., 3]
+    rim = np.zeros((7, 7), bool)
+    rim[1:6, 1:6] = True
+    rim[2:5, 2:5] = False
+    rim[3, 3] = True
+    np.testing.assert_array_equal(alpha == 1, rim)
+    np.testing.assert_array_equal(alpha == 0, labels == 0)
+    np.testing.assert_array_equal(label_overlay(labels, colours)[3, 3, :3], colours[2])
 
 
 def test_any_name_shape_and_number(tmp_path, recwarn):

@@ -17,6 +17,7 @@ from coverfast import InputError
 from coverfast.shards import Shard
 from coverfast.training import plan as library
 from coverfast.training.runs import Run
+from coverfast.training.settings import resolve
 from coverfast.training.world import World
 
 # One layout for all: another one rounds otherwise, and FSDP2 knows but this.
@@ -97,10 +98,10 @@ def _gradients_of_one(shard: Path, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_batch_that_cannot_be_shared_names_the_nearest() -> None:
-    settings = library.resolve("small-2d", {"batch": 8})
+    settings = resolve("small-2d", {"batch": 8})
     with pytest.raises(InputError, match=r"divisible by 3 for 3 processes, got 8; the nearest are 6 and 9"):
         library.check_batch(settings, World(0, 3))
-    two = library.resolve("small-2d", {"batch": 3, "accumulate": 2})
+    two = resolve("small-2d", {"batch": 3, "accumulate": 2})
     with pytest.raises(
         InputError, match=r"divisible by 4 for 2 process\(es\) of 2 parts each, got 3; the nearest are 4"
     ):

@@ -228,6 +228,96 @@ def test_only_touched_chunks_are_read(tmp_path, ndim):
     assert len(verify(path)) == 1
 
 
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+VALUES = np.array([0, 2, 4, 1000], np.uint16)
+
+
+def label_maps(path: Path, sizes: list[tuple[int, ...]], dtypes: tuple[str, ...] = ("uint8",)) -> Path:
+    """A shard of noise with label maps of `VALUES`, and targets."""
+    rng = np.random.default_rng(int(path.stem))
+    with ShardWriter(path, preprocessing={}, target_classes=["a", "b"]) as writer:
+        for i, size in enumerate(sizes):
+            pixels = rng.integers(0, 255, (1, *size)).astype(dtypes[i % len(dtypes)])
+            labels = rng.choice(VALUES, size)
+            labels.flat[: len(VALUES)] = VALUES
+            target = ("a", "b", "")[i % 3]
+            spacing = (1.0,) * len(size)
+            writer.add(Sample(pixels, 1.0, 0.0, 0.0, 255.0, spacing, f"{path.stem}/{i}", labels=labels, target=target))
+    return path
+
+
+def check_labels(batch, data: ShardSet) -> None:
+    assert batch.labels.dtype == torch.uint8
+    assert batch.labels.shape == (len(batch.images), *batch.images.shape[2:])
+    for slot, index in enumerate(batch.indices.tolist()):
+        corner, extents = batch.corner[slot].tolist(), batch.extents[slot].tolist()
+        whole = data.read(index)
+        expected = np.zeros(batch.labels.shape[1:], np.uint16)
+        box = tuple(slice(c, c + e) for c, e in zip(corner, extents, strict=True))
+        expected[tuple(map(slice, extents))] = whole.labels[box]
+        np.testing.assert_array_equal(VALUES[batch.labels[slot].cpu().numpy()], expected)
+        assert batch.targets[slot] == (data.target_classes.index(whole.target) if whole.target else -1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("volume", [False, True])
+def test_labels_are_those_of_the_crop(tmp_path, workers, volume):
+    # Other types of pixels in one batch, and images smaller than the crop.
+    sizes = [(20, 30, 12), (9, 40, 30), (16, 16, 16)] if volume else [(40, 50), (33, 70), (15, 80), (48, 48)]
+    paths = [label_maps(tmp_path / f"{i}.h5", sizes[i:], ("uint8", "int16")) for i in range(2)]
+    data, crop = ShardSet(paths), (16, 16, 16) if volume else (36, 30)
+    for device in (None, "cpu"):
+        found = stream(data, regions=RandomCrops(crop), labels=True, crops=2, foreground=0.5, least=crop)
+        for batch in load_batches(found, last=5, workers=workers, device=device):
+            assert batch.targets.dtype == torch.int64
+            check_labels(batch, data)
+    for batch in crop_loader(paths, crop, batch=3, last=2, workers=workers, labels=True):
+        check_labels(batch, data)
+        assert batch.labels.shape == (3, *crop)
+
+
+def test_labels_are_read_only_when_they_are_asked_for(tmp_path, monkeypatch):
+    path = label_maps(tmp_path / "0.h5", [(40, 50)] * 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardSet, "labels", None)
+        plain = stream(path).load(1)
+    assert plain.labels is None
+    assert set(plain.targets.tolist()) <= {-1, 0, 1}
+    assert same([plain._replace(labels=None)], [stream(path, labels=True).load(1)._replace(labels=None)])
+    bare = write(tmp_path / "1.h5", [noise(40, 50, seed=1)])
+    with pytest.raises(InputError, match=r"1.h5 must have label maps, found none"):
+        stream(bare, labels=True)
+    mixed = ShardSet([path, bare])
+    with pytest.raises(InputError, match=r"1.h5 must have the label classes of .*0.h5 .*, got none"):
+        stream(mixed, labels=True)
+    assert set(stream(mixed).load(1).targets.tolist()) == {-1}
+
+
+@pytest.mark.parametrize(("bad", "workers"), [(2, 0), (2, 2), (3, 0)], ids=["small", "processes", "large"])
+def test_a_damaged_label_map_is_treated_as_a_damaged_image(tmp_path, bad, workers):
+    # What replaces it is larger, and gets memory of its own, or smaller, and perhaps of another type than the rest.
+    path = label_maps(
+        tmp_path / "0.h5", [(40, 50), (44, 60), (20, 20), (70, 40), (25, 64)], ("uint8", "uint8", "int16")
+    )
+    with Shard(path) as shard:
+        chunk = shard.label_dataset(bad).id.get_chunk_info(0)
+    content = bytearray(path.read_bytes())
+    content[chunk.byte_offset + 5] ^= 1
+    path.write_bytes(content)
+    data = ShardSet(path)
+    given = {"regions": RandomCrops((64, 64)), "batch": 2}
+    with pytest.raises(InputError, match=rf"0.h5: label map of sample {bad} \(0/{bad}\) cannot be read: .*[Ff]ilter"):
+        list(load_batches(stream(data, labels=True, **given), last=5, workers=workers))
+    sound = stream(data, **given)
+    assert any(bad in b.indices for b in load_batches(sound, last=5, workers=workers))
+    skipping = stream(data, labels=True, on_bad_sample="skip", **given)
+    batches = list(load_batches(skipping, last=20, workers=workers))
+    assert any(f"label map of sample {bad}" in reason for b in batches for reason in b.bad)
+    for batch in batches:
+        check_labels(batch, data)
+
+
 # --- views ------------------------------------------------------------------------------------------------------------
 
 
@@ -392,3 +482,15 @@ def test_batches_on_a_gpu_are_those_on_a_cpu(shards):
         assert b.images.is_cuda
         torch.testing.assert_close(b.images.cpu(), a.images, atol=6e-8, rtol=0)
         assert torch.equal(a.indices, b.indices)
+
+
+@pytest.mark.gpu
+def test_labels_on_a_gpu_are_those_on_a_cpu(tmp_path):
+    data = ShardSet(label_maps(tmp_path / "0.h5", [(40, 50), (33, 70), (15, 80)]))
+    here = list(load_batches(stream(data, labels=True), last=6))
+    there = list(load_batches(stream(data, labels=True), last=6, workers=2, device="cuda"))
+    for a, b in zip(here, there, strict=True):
+        assert b.labels.is_cuda
+        assert b.targets.is_cuda
+        assert torch.equal(b.labels.cpu(), a.labels)
+        assert torch.equal(b.targets.cpu(), a.targets)

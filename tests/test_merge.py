@@ -206,6 +206,72 @@ def test_a_damaged_shard_is_not_merged(tmp_path, three):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["parts"]
 
 
+def labels_of(values, shape=(40, 50), dtype=np.uint16):
+    return np.resize(np.array(values, dtype), shape)
+
+
+def test_labels_and_classes_are_joined(tmp_path):
+    first = write(
+        tmp_path / "a.h5",
+        [image(f"a{i}", i, labels=labels_of((0, 2, 300)), target=("ill", "")[i % 2]) for i in range(8)],
+        label_classes={2: "lung", 300: "rib"},
+    )
+    second = write(
+        tmp_path / "b.h5",
+        [image(f"b{i}", 20 + i, labels=labels_of((0, 2, 5), dtype=np.uint8), target="fit") for i in range(8)],
+        label_classes={2: "lung", 5: "skin"},
+    )
+    report = merge_shards([first, second], tmp_path / "m.h5")
+    merged, table = report.paths[0], ((0, "background"), (2, "lung"), (5, "skin"), (300, "rib"))
+    assert verify(merged) == []
+    with Shard(merged) as shard:
+        assert (shard.label_classes, shard.target_classes) == (table, ("fit", "ill"))
+        assert shard.targets.tolist() == [1, -1] * 4 + [0] * 8
+        for index, values in ((3, labels_of((0, 2, 300))), (12, labels_of((0, 2, 5), dtype=np.uint8))):
+            assert shard.read(index).labels.dtype == values.dtype
+            np.testing.assert_array_equal(shard.read(index).labels, values)
+            np.testing.assert_array_equal(np.array([0, 2, 5, 300])[shard.labels(index)[0]], values)
+        with Shard(first) as one:
+            assert shard.info(5).labels_sha256 == one.info(5).labels_sha256
+    # Every part says all classes, and is no larger than asked for.
+    parts = merge_shards(merged, tmp_path / "s.h5", shard_size=36_000).paths
+    assert len(parts) > 1
+    for part in parts:
+        assert part.stat().st_size <= 36_000
+        with Shard(part) as shard:
+            assert (shard.label_classes, shard.target_classes) == (table, ("fit", "ill"))
+    again = merge_shards(parts, tmp_path / "again.h5").paths[0]
+    assert again.read_bytes() == merged.read_bytes()
+
+
+def test_the_classes_count_in_the_size_of_shards(tmp_path):
+    names = {i: f"{i} {'n' * 90}" for i in range(1, 256)}
+    noise = np.random.default_rng(0).integers(0, 256, (20, 100, 100)).astype(np.uint8)
+    samples = [image(str(i), i, (1, 100, 100), labels=labels, target="t" * 20_000) for i, labels in enumerate(noise)]
+    shard = write(tmp_path / "a.h5", samples, label_classes=names)
+    paths = merge_shards(shard, tmp_path / "s.h5", shard_size=120_000).paths
+    assert len(paths) > 1
+    assert all(path.stat().st_size <= 120_000 for path in paths)
+
+
+def test_shards_whose_labels_do_not_go_together(tmp_path):
+    first = write(tmp_path / "a.h5", [image("a", 1, labels=labels_of((0, 2)))], label_classes={2: "lung"})
+    other = write(tmp_path / "b.h5", [image("b", 2, labels=labels_of((0, 2)))], label_classes={2: "rib"})
+    bare = write(tmp_path / "c.h5", [image("c", 3, target="x")])
+    for shards, words in (
+        ([first, other], r"b.h5: label value 2 must be 'lung' as in .*a.h5, got 'rib'"),
+        ([first, bare], r"c.h5 must have a label map like .*a.h5, got none"),
+        ([bare, first], r"a.h5 must have no label map like .*c.h5, got one"),
+    ):
+        with pytest.raises(InputError, match=words):
+            merge_shards(shards, tmp_path / "m.h5")
+    assert not list(tmp_path.glob("m.h5*"))
+    plain = write(tmp_path / "d.h5", [image("d", 4)])
+    report = merge_shards([plain, bare], tmp_path / "m.h5")
+    with Shard(report.paths[0]) as shard:
+        assert (shard.version, shard.label_classes, shard.targets.tolist()) == (3, (), [-1, 0])
+
+
 KILLED = """
     import os, signal, sys
     from coverfast.ingest import merge_shards

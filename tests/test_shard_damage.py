@@ -17,7 +17,8 @@ from coverfast.shard_set import ShardSet
 from coverfast.shards import SPLITS, Original, Sample, Shard, ShardWriter, verify
 
 
-def build(path, count=5, shape=(1, 20, 30), dtype="uint16"):
+def build(path, count=5, shape=(1, 20, 30), dtype="uint16", labels=""):
+    """A shard whose labels, where it has some, are of the type `labels`."""
     rng = np.random.default_rng(0)
     with ShardWriter(path, preprocessing={"preset": "raw"}, overwrite=True) as writer:
         for i in range(count):
@@ -26,6 +27,8 @@ def build(path, count=5, shape=(1, 20, 30), dtype="uint16"):
             affine = np.diag([3.0, 2.0, 1.0, 1.0]) if n == 3 else None
             original = Original(shape[1:], np.eye(n + 1) * 2, affine, "RAS" if n == 3 else "")
             said = {"source": f"in/{i}.png", "group": f"patient {i}", "split": SPLITS[i % 3], "original": original}
+            if labels:
+                said |= {"labels": rng.choice([0, 2, 4, 200], shape[1:]).astype(labels), "target": "xyz"[i % 3]}
             writer.add(Sample(pixels, 1.5, 0.25, 0.0, 255.0, (1.0, 2.0, 3.0)[:n], **said))
     return path
 
@@ -41,12 +44,16 @@ def everything(path):
         samples = [shard.read(i) for i in range(len(shard))]
         tables = (shard.sizes.tolist(), shard.scaling.tolist(), shard.splits.tolist())
         found = [(shard.ndim, shard.channels, *tables, shard.content_hash, shard.preprocessing)]
+        found.append((shard.version, shard.label_classes, shard.target_classes, shard.targets.tolist()))
         for i, sample in enumerate(samples):
             info = shard.info(i)
             original = [np.asarray(v).tolist() for v in vars(info.original).values()]
             found.append((sample.pixels.tobytes(), sample.pixels.shape, info._replace(original=original)))
+            if sample.labels is not None:
+                found.append((sample.labels.dtype, sample.labels.tobytes(), shard.labels(i)[0].tobytes()))
+        labels = bool(shard.label_classes)
     data = ShardSet(path, "all")
-    stream = ImageStream(data, batch=len(data), seed=0, regions=RandomCrops((40,) * data.ndim))
+    stream = ImageStream(data, batch=len(data), seed=0, regions=RandomCrops((40,) * data.ndim), labels=labels)
     batch = stream.load(1)
     data.close()
     return [*found, [t.tolist() if isinstance(t, torch.Tensor) else t for t in batch]]
@@ -136,7 +143,7 @@ _resize = _table("sizes", 2, (20, 31))
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_set("/", "version", 3), "must be of shard format version 2, got version 3"),
+        (_set("/", "version", 4), "must be of shard format version 2 or 3, got version 4"),
         (_set("/", "format", "other"), "without the attribute format"),
         (_set("/", "count", 6), "must have 6 samples of 2 axes, got 5"),
         (_set("/", "preprocessing", "{"), "cannot be read"),
@@ -239,6 +246,73 @@ def _flip_all(path, whole, bits, expected, out):
         path.unlink()
 
 
+def _labelled(path, change):
+    build(path, labels="uint16")
+    assert verify(path) == []
+    _edit(path, change)
+
+
+def _text(node, key, old, new):
+    def change(file):
+        text = file[node].attrs[key].decode()
+        assert old in text
+        file[node].attrs[key] = text.replace(old, new)
+
+    return change
+
+
+def _small_map(file):
+    del file["labels/00000001"]
+    file["labels/00000001"] = np.zeros((20, 29), np.uint8)
+    file["labels/00000001"].attrs["sha256"] = "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_drop("labels/00000004"), "must have 5 label maps, got 4"),
+        (_set("labels", "classes", "{"), "cannot be read"),
+        (_set("labels", "classes", "[]"), "label values must be integers .* rising from 0, got "),
+        (_set("targets", "classes", '["x", "x"]'), "target classes must have different names"),
+        (_set("targets", "classes", '["x", "y"]'), "must have 5 targets from -1 to 1"),
+        (_table("targets", 1, -2), "must have 5 targets from -1 to 2"),
+        (_drop("targets"), "content_sha256"),
+        (_drop("labels"), "content_sha256"),
+        (_set("/", "version", 2), "content_sha256"),
+        (_table("targets", 1, 2), "content_sha256"),
+        (_table("targets", 1, -1), "content_sha256"),
+        (_text("labels", "classes", '"4"', '"lung"'), "content_sha256"),
+        (_text("targets", "classes", "z", "a"), "content_sha256"),
+        (_text("labels", "classes", '"value": 200', '"value": 201'), r"sample 0 \(in/0.png\).*of the shard's table"),
+        (_table("labels/00000003", (2, 3), 9), r"label map of sample 3 \(in/3.png\) does not match its sha256"),
+        (_set("labels/00000003", "sha256", "0" * 64), r"label map of sample 3 \(in/3.png\) does not match"),
+        (_small_map, r"label map of sample 1 \(in/1.png\) must be \(20, 30\) of uint8, .*, got \(20, 29\)"),
+    ],
+)
+def test_verify_finds_what_is_wrong_with_labels(tmp_path, change, words):
+    path = tmp_path / "s.h5"
+    _labelled(path, change)
+    problems = verify(path)
+    assert re.search(words, problems[0])
+    assert all(problem.startswith(str(path)) for problem in problems)
+
+
+def test_a_failing_checksum_of_a_label_map_is_named(tmp_path):
+    path = build(tmp_path / "s.h5", labels="uint8")
+    with h5py.File(path) as file:
+        chunk = file["labels/00000002"].id.get_chunk_info(0)
+    content = bytearray(path.read_bytes())
+    content[chunk.byte_offset + chunk.size // 2] ^= 1
+    path.write_bytes(content)
+    words = rf"{re.escape(str(path))}: label map of sample 2 \(in/2.png\) cannot be read: .*[Ff]ilter"
+    with Shard(path) as shard:
+        for read in (shard.read, shard.labels):
+            with pytest.raises(InputError, match=words):
+                read(2)
+        assert shard.pixels(2)[0].shape == (1, 20, 30)
+    assert re.search(words + r".* \(chunks at \(0, 0\)\)$", verify(path)[0])
+
+
 def _structures(whole, rng, count):
     """Bits in the HDF5 structures: headers, link heaps and their trees, chunk indexes."""
     marks = (b"OHDR", b"FRHP", b"FHDB", b"FHIB", b"BTHD", b"BTLF", b"BTIN", b"FAHD", b"FADB")
@@ -247,12 +321,18 @@ def _structures(whole, rng, count):
 
 
 @pytest.mark.parametrize(
-    ("count", "shape", "dtype", "flips"),
-    [(3, (1, 150, 140), "uint8", 240), (18, (1, 7, 9), "uint16", 160), (2, (2, 9, 33, 40), "int16", 100)],
-    ids=["chunks", "many samples", "volumes"],
+    ("count", "shape", "dtype", "flips", "labels"),
+    [
+        (3, (1, 150, 140), "uint8", 240, ""),
+        (18, (1, 7, 9), "uint16", 160, ""),
+        (2, (2, 9, 33, 40), "int16", 100, ""),
+        (2, (1, 90, 80), "uint8", 140, "uint8"),
+        (9, (1, 4, 5, 6), "uint8", 100, "uint32"),
+    ],
+    ids=["chunks", "many samples", "volumes", "label maps", "many label maps"],
 )
-def test_no_flipped_bit_goes_unseen(tmp_path, count, shape, dtype, flips):
-    path = build(tmp_path / "s.h5", count, shape, dtype)
+def test_no_flipped_bit_goes_unseen(tmp_path, count, shape, dtype, flips, labels):
+    path = build(tmp_path / "s.h5", count, shape, dtype, labels)
     whole, expected = path.read_bytes(), everything(path)
     rng = np.random.default_rng(1)
     bits = [int(b) for b in rng.integers(0, len(whole) * 8, flips // 2)] + _structures(whole, rng, flips // 2)

@@ -17,13 +17,16 @@ from coverfast.shards import Sample, ShardWriter
 
 def make(path: Path, *, count: int = 4, seed: int = 0, size: tuple[int, ...] = (20, 24), **options) -> Path:
     """A shard whose samples alternate between train, train, val, test."""
-    dtype = options.pop("dtype", "uint8")
+    dtype, values, targets = options.pop("dtype", "uint8"), options.pop("values", ()), options.pop("targets", ("",))
     rng = np.random.default_rng(seed)
     with ShardWriter(path, preprocessing=options.pop("preprocessing", {"preset": "raw"}), **options) as writer:
         for i in range(count):
             pixels = rng.integers(0, 255, (1, *size)).astype(dtype)
             split = ("train", "train", "val", "test")[i % 4]
             said = {"source": f"{path.stem}/{i}", "split": split, "group": f"{path.stem}-{i}"}
+            if values:
+                said["labels"] = rng.choice(np.array(values, np.uint16), size)
+            said["target"] = targets[i % len(targets)]
             writer.add(Sample(pixels, 1.0, 0.0, 0.0, 255.0, (1.0,) * len(size), **said))
     return path
 
@@ -130,3 +133,73 @@ def test_a_file_that_vanishes_or_changes(three):
     make(three[2], seed=77, count=6)
     with pytest.raises(InputError, match="must not change while it is in use"):
         data.pixels(9)
+
+
+def test_labels_and_targets_of_several_shards(tmp_path):
+    said = {"values": (0, 2, 9), "targets": ("b", "a", "")}
+    paths = [make(tmp_path / f"{name}.h5", seed=i, count=5, **said) for i, name in enumerate("ab")]
+    data = ShardSet(paths)
+    data.need_labels()
+    assert data.label_classes == ((0, "background"), (2, "2"), (9, "9"))
+    assert data.target_classes == ("a", "b")
+    assert [data.source(i) for i in range(6)] == ["a/0", "a/1", "a/4", "b/0", "b/1", "b/4"]
+    assert data.targets.tolist() == data.targets_if_alike().tolist() == [1, 0, 0, 1, 0, 0]
+    part = [slice(3, 9), slice(0, 24)]
+    for index in range(6):
+        whole = data.read(index)
+        assert data.target_classes[data.targets[index]] == whole.target
+        for found, where in zip(data.labels(index, [None, part]), ([slice(None)] * 2, part), strict=True):
+            np.testing.assert_array_equal(np.array([0, 2, 9])[found], whole.labels[*where])
+    assert pickle.loads(pickle.dumps(data)).targets.tolist() == data.targets.tolist()
+
+
+def test_a_subset(tmp_path):
+    paths = [make(tmp_path / f"{n}.h5", seed=i, values=(0, 1), targets=("x", "y", "")) for i, n in enumerate("abc")]
+    data = ShardSet(paths, "all", open_files=1)
+    chosen = [9, 0, 5, 5]
+    part = data.subset(chosen)
+    assert len(part) == 4
+    assert [part.source(i) for i in range(4)] == ["c/1", "a/0", "b/1", "b/1"]
+    assert part.targets.tolist() == data.targets[chosen].tolist()
+    assert part.sizes.tolist() == data.sizes[chosen].tolist()
+    assert (part.content_hash, part.split_counts) == (data.content_hash, data.split_counts)
+    for i, index in enumerate(chosen):
+        np.testing.assert_array_equal(part.pixels(i)[0], data.pixels(index)[0])
+        np.testing.assert_array_equal(part.labels(i)[0], data.labels(index)[0])
+    assert part.subset(np.array([3, 1])).source(1) == "a/0"
+    data.close()
+    assert len(part._open) == 1
+    for wrong in ([], [12], [-1], [[0]], [0.5], [True, False]):
+        with pytest.raises(InputError, match="indices must be at least 1 integer from 0 to 11, got"):
+            data.subset(wrong)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"values": (0, 3)}, r"b.h5 must have the label classes of .*a.h5 \(0 background, 2 2\), got .*, 3 3"),
+        ({"values": ()}, r"b.h5 must have the label classes of .*a.h5 \(0 background, 2 2\), got none"),
+    ],
+)
+def test_shards_of_other_labels_are_for_images_only(tmp_path, other, words):
+    first = make(tmp_path / "a.h5", values=(0, 2))
+    second = make(tmp_path / "b.h5", seed=1, **other)
+    data = ShardSet([first, second])
+    assert len(data) == 4
+    data.pixels(3)
+    for ask in (lambda: data.label_classes, lambda: data.labels(0), data.need_labels):
+        with pytest.raises(InputError, match=words):
+            ask()
+    assert data.targets.tolist() == [-1] * 4
+    bare = ShardSet(make(tmp_path / "c.h5", seed=2))
+    assert bare.label_classes == ()
+    with pytest.raises(InputError, match=r"c.h5 must have label maps, found none"):
+        bare.need_labels()
+
+
+def test_shards_of_other_targets_are_for_images_only(tmp_path):
+    data = ShardSet([make(tmp_path / f"{t}.h5", seed=i, targets=(t,)) for i, t in enumerate(("x", "y"))])
+    for ask in (lambda: data.target_classes, lambda: data.targets):
+        with pytest.raises(InputError, match=r"y.h5 must have the target classes of .*x.h5 \(x\), got y"):
+            ask()
+    assert data.targets_if_alike().tolist() == [-1] * 4

@@ -208,7 +208,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch, where):
                 case "block":
                     _interrupt()
                 case "create_dataset":
-                    patch.setattr(ShardWriter, "_put_text", _interrupt)
+                    patch.setattr(shards, "put_metadata", _interrupt)
                     writer.add(image())
                 case "verify":
                     patch.setattr(shards, "verify", _interrupt)

@@ -28,6 +28,7 @@ from coverfast import InputError, load_backbone
 from coverfast.backbones import read_backbone
 from coverfast.shards import Sample, Shard, ShardWriter
 from coverfast.training import plan as library
+from coverfast.training.runs import Run
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +222,7 @@ def test_many_shards_give_their_train_split_and_are_validated_on_their_val_split
                  "--run", str(tmp_path / "run"), "--crops", "2", "--workers", "1")  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "4 sample(s)" in result.stdout
-    run = library.Run(tmp_path / "run")
+    run = Run(tmp_path / "run")
     assert "val_epe" in lines(run)[-1]
     assert tomllib.loads(run.config.read_text())["data"] == [str(a), str(b)]
     again = resume(run, iterations=3)
@@ -262,7 +263,7 @@ def test_a_sample_that_breaks_stops_the_run_by_name_or_is_skipped(tmp_path: Path
     flags = ["pretrain", "--data", str(data), "--preset", "small-2d", *FLAGS, "--iterations", "3", "--seed", "3"]
     refused(cli(*flags, "--run", str(tmp_path / "stopped")), "small.h5: sample 2 (subject-2) cannot be read")
     # What was learned before is kept, and the run goes on without the sample.
-    stopped = library.Run(tmp_path / "stopped")
+    stopped = Run(tmp_path / "stopped")
     assert [line["iteration"] for line in lines(stopped)] == [1]
     assert [p.name for p in stopped.checkpoints.paths()] == ["iteration-00000001.pt"]
     go_on = cli("pretrain", "--resume", "--run", str(stopped.folder), "--on-bad-sample", "skip")
@@ -375,7 +376,7 @@ def test_cli_runs_resumes_and_says_where_things_are(shard: Path, tmp_path: Path)
     second = cli("pretrain", "--resume", "--run", str(run), "--iterations", "4", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert "backbone.safetensors" in second.stdout
-    assert [line["iteration"] for line in lines(library.Run(run))] == [1, 2, 3, 4]
+    assert [line["iteration"] for line in lines(Run(run))] == [1, 2, 3, 4]
 
 
 def test_config_prints_toml_that_config_reads(shard: Path, tmp_path: Path) -> None:

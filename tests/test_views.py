@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from strategies import assert_near, randn, refused, views_of
 
 from coverfast import AffineDVF, ViewSettings, affine_dvf, inside_mask, warp
+from coverfast.appearance import blur
 from coverfast.philox import STREAM_FILL, STREAM_NOISE, normal, uniform
 from coverfast.view_draws import affine_draws, blur_weights, draw, sample_affine
-from coverfast.views import _blur
 
 PLAIN = ViewSettings(probability=0.0)  # the spatial map alone
 STILL = ViewSettings(strength=0.0, probability=1.0, noise=0, blur=0, contrast=0, brightness=0, boxes=0)
@@ -260,7 +260,7 @@ def test_blur_by_direct_sums(size):
                 picked = rows[np.clip(i + taps, 0, length - 1)]
                 np.moveaxis(out[b], axis - 1, 0)[i] = np.tensordot(weights / weights.sum(), picked, 1)
         expected = out
-    out = _blur(x, torch.from_numpy(blur_weights(sigma.double().numpy(), 1.5)))
+    out = blur(x, torch.from_numpy(blur_weights(sigma.double().numpy(), 1.5)))
     assert_near(out.double(), torch.from_numpy(expected), atol=2e-4)
     assert_near(out[0], x[0], atol=1e-6)
 
@@ -282,7 +282,7 @@ def test_view_a_by_the_definition(size):
     for b, sample in enumerate(samples):
         out = cut(x[b], drawn.origin[b], crop).double().numpy()
         out = out + drawn.noise[b] * dense(normal, STREAM_NOISE, sample)
-        out = _blur(torch.from_numpy(out)[None], torch.from_numpy(blur_weights(drawn.blur, 1.0))[b : b + 1])[0].numpy()
+        out = blur(torch.from_numpy(out)[None], torch.from_numpy(blur_weights(drawn.blur, 1.0))[b : b + 1])[0].numpy()
         middle = out.mean(axes, keepdims=True)
         out = middle + (1 + drawn.contrast[b]) * (out - middle) + drawn.brightness[b]
         fill = dense(uniform, STREAM_FILL, sample)

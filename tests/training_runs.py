@@ -97,7 +97,7 @@ def refused(result: Done, *words: str) -> None:
 # --- processes that need not load torch first -----------------------------------------------------------------------
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["coverfast.training.plan", "coverfast.cli.main"])
+_FORKSERVER.set_forkserver_preload(["coverfast.training.plan", "coverfast.downstream.plan", "coverfast.cli.main"])
 
 
 class Done(NamedTuple):
@@ -175,10 +175,12 @@ def _run(
     os.chdir(cwd)
     sys.argv = ["coverfast", *arguments]
     from coverfast.cli.main import main
-    from coverfast.training import pretrain
+    from coverfast.downstream.finetuning import Finetuning
+    from coverfast.training.pretrain import Pretraining
 
     if not draws:
-        pretrain.Pretraining._draw = lambda self, iteration: None  # type: ignore[method-assign]
+        for kind in (Pretraining, Finetuning):
+            kind._draw = lambda self, iteration: None  # type: ignore[method-assign]
     exec(before, {"os": os})
     main()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +25,32 @@ def backbone_bytes(backbone: UNet, *, config: dict[str, Any], preprocessing: dic
 
     `config` (the run's settings) and `preprocessing` (how the shard was made) travel in the metadata.
     """
-    build = {"ndim": backbone.ndim, "in_channels": backbone.in_channels, "channels": backbone.channels}
-    metadata = {
-        "format": _FORMAT,
-        "version": "1",
-        "backbone": json.dumps({"kind": "unet", **build}),
-        "config": json.dumps(config),
-        "preprocessing": json.dumps(preprocessing),
-    }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()}
+    about = {"backbone": describe(backbone), "config": config, "preprocessing": preprocessing}
+    return to_bytes(backbone, _FORMAT, about)
+
+
+def to_bytes(module: nn.Module, kind: str, about: Mapping[str, Any]) -> bytes:
+    """The weights of a module as the bytes of a safetensors file of a `kind`, with JSON-able facts as its metadata."""
+    metadata = {"format": kind, "version": "1"} | {name: json.dumps(value) for name, value in about.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     return save(tensors, metadata)
+
+
+def describe(backbone: UNet) -> dict[str, Any]:
+    """What `build` needs to make the network again, JSON-able."""
+    return {
+        "kind": "unet",
+        "ndim": backbone.ndim,
+        "in_channels": backbone.in_channels,
+        "channels": list(backbone.channels),
+    }
+
+
+def build(description: Mapping[str, Any]) -> UNet:
+    """A network as `describe` said it, its weights drawn anew; ValueError or TypeError for what is none."""
+    values = dict(description)
+    require(values.pop("kind") == "unet", "its kind is unknown")
+    return UNet(**values)
 
 
 def load_backbone(path: str | Path) -> UNet:
@@ -43,32 +61,48 @@ def load_backbone(path: str | Path) -> UNet:
             of the network its metadata describes.
     """
     state, metadata = read_backbone(path)
-    try:
-        build = json.loads(metadata["backbone"])
-        require(build.pop("kind") == "unet", "its kind is unknown")
-        backbone = UNet(**build)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise InputError(f"{path} must describe its network, but its metadata do not: {error}") from None
+    with described(path):
+        backbone = build(json.loads(metadata["backbone"]))
     load_state(backbone, state, str(path))
     return backbone.eval()
 
 
+@contextmanager
+def described(path: str | Path) -> Iterator[None]:
+    """Say of a file that its metadata are at fault when what is built from them fails."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise InputError(f"{path} must describe its network, but its metadata do not: {error}") from None
+
+
 def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a backbone file, checked to be one of ours."""
+    return read_tensors(path, _FORMAT, "backbone")
+
+
+def read_tensors(path: str | Path, kind: str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file that `to_bytes` made; nothing in it is executed.
+
+    Raises:
+        InputError: when it is missing, damaged, or of another kind.
+    """
     path = Path(path)
-    require(path.is_file(), f"{path} must be a backbone.safetensors file, but there is no such file")
+    require(path.is_file(), f"{path} must be a {what}.safetensors file, but there is no such file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} must be a safetensors file, but it cannot be read: {error}") from None
+    found = metadata.get("format", "")
     require(
-        metadata.get("format") == _FORMAT and "backbone" in metadata,
-        f"{path} must be a backbone saved by coverfast, but its metadata does not say so",
+        found == kind and "backbone" in metadata,
+        f"{path} must be a {what} saved by coverfast, but its metadata does not say so"
+        + (f" (it says {found})" if found else ""),
     )
     version = metadata.get("version")
-    require(version == "1", f"{path} must be a backbone file of version 1, got version {version}")
+    require(version == "1", f"{path} must be a {what} file of version 1, got version {version}")
     return state, metadata
 
 

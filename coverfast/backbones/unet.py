@@ -74,8 +74,13 @@ class UNet(nn.Module):
             for below, skip, out in zip(self.feature_channels, reversed(encoder[:-1]), decoder, strict=False)
         )
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Features of an image `(B, in_channels, *S)`, coarse to fine; `S` divisible by the coarsest stride."""
+    @property
+    def modules_in_order(self) -> list[nn.Module]:
+        """The `2L - 1` stages from the image to the finest features."""
+        return [self.stem, *self.down, *self.up]
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Features of the encoder, fine to coarse; the last ones are the coarsest of `forward`."""
         ndim = check_map("image", x)
         if ndim != self.ndim or x.shape[1] != self.in_channels:
             raise InputError(
@@ -85,6 +90,11 @@ class UNet(nn.Module):
         skips = [self._stage(self.stem, x)]
         for stage in self.down:
             skips.append(self._stage(stage, _halve(skips[-1])))
+        return skips
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Features of an image `(B, in_channels, *S)`, coarse to fine; `S` divisible by the coarsest stride."""
+        skips = self.encode(x)
         features = [skips.pop()]
         for stage in self.up:
             up = F.interpolate(features[-1], scale_factor=2, mode=_UPSAMPLE[self.ndim], align_corners=False)

@@ -9,14 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from coverfast.ingest.atlas import build_atlas_subjects as build_atlas_subjects
     from coverfast.ingest.build import BuildReport as BuildReport
     from coverfast.ingest.build import build_shard as build_shard
     from coverfast.ingest.files import Scan as Scan
     from coverfast.ingest.files import Source as Source
     from coverfast.ingest.files import find_sources as find_sources
     from coverfast.ingest.files import scan as scan
+    from coverfast.ingest.label_maps import read_map as read_map
+    from coverfast.ingest.labels import find_maps as find_maps
     from coverfast.ingest.merge import MergeReport as MergeReport
     from coverfast.ingest.merge import merge_shards as merge_shards
+    from coverfast.ingest.phantoms import build_phantoms as build_phantoms
     from coverfast.ingest.presets import PRESETS as PRESETS
     from coverfast.ingest.presets import preprocess as preprocess
     from coverfast.ingest.presets import preprocessing as preprocessing
@@ -30,11 +34,15 @@ _HOME = {
     "Scan": "files",
     "Source": "files",
     "Unreadable": "readers",
+    "build_atlas_subjects": "atlas",
+    "build_phantoms": "phantoms",
     "build_shard": "build",
+    "find_maps": "labels",
     "find_sources": "files",
     "merge_shards": "merge",
     "preprocess": "presets",
     "preprocessing": "presets",
+    "read_map": "label_maps",
     "read_source": "readers",
     "scan": "files",
 }

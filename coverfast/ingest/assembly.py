@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
 from coverfast.checks import require
+from coverfast.class_tables import table_text
 from coverfast.ingest.partial import Partial, existing_targets, target_names
-from coverfast.samples import encoded
+from coverfast.samples import LabelClass, encoded
 from coverfast.shards import Shard, ShardWriter
 
 Advance = Callable[[str, int, int], None]
 #: File, index in it, and the split and the group to store; None keeps the one it has.
 Item = tuple[Path, int, str | None, str | None]
 
-# What HDF5 adds at most, in bytes: a chunk, a sample (header, attributes, link, rows of the tables), a shard.
-_A_CHUNK, _A_SAMPLE, _A_SHARD = 32, 1280, 8192
+# What HDF5 adds at most, in bytes: a chunk, a sample or label map (header, attributes, link, rows of the tables), a
+# shard, and for label maps or targets.
+_A_CHUNK, _A_SAMPLE, _A_SHARD, _A_TABLE = 32, 1280, 8192, 4096
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,15 @@ class Target:
         """Shards of an older build in more parts, which would be read beside the new ones."""
         return [p for p in existing_targets(self.out, self.shard_size is not None) if p.name not in names]
 
-    def parts(self, weights: Iterable[int]) -> list[int]:
-        """How many samples each shard takes, in order, given the bytes of every sample."""
+    def parts(self, weights: Iterable[int], tables: int = 0) -> list[int]:
+        """How many samples each shard takes, in order, given the bytes of every sample and of the class tables."""
         if self.shard_size is None:
             return [sum(1 for _ in weights)]
-        counts, used = [0], _A_SHARD
+        counts, used = [0], _A_SHARD + tables
         for weight in weights:
             if counts[-1] and used + weight > self.shard_size:
                 counts.append(0)
-                used = _A_SHARD
+                used = _A_SHARD + tables
             counts[-1] += 1
             used += weight
         return counts
@@ -101,11 +103,19 @@ def file_name(out: str | os.PathLike[str]) -> Path:
 
 
 def stored_size(shard: Shard, index: int) -> int:
-    """The most bytes that a sample takes in a shard."""
-    info, dataset = shard.info(index), shard.dataset(index)
-    count = math.prod(-(-s // c) for s, c in zip(info.shape, dataset.chunks or info.shape, strict=True))
-    texts = len(encoded(info.source)) + len(encoded(info.group))
-    return int(dataset.id.get_storage_size()) + count * _A_CHUNK + _A_SAMPLE + texts
+    """The most bytes that a sample takes in a shard, its label map included."""
+    info = shard.info(index)
+    size = len(encoded(info.source)) + len(encoded(info.group))
+    for dataset in (shard.dataset(index), shard.label_dataset(index)):
+        if dataset is not None:
+            count = math.prod(-(-s // c) for s, c in zip(dataset.shape, dataset.chunks or dataset.shape, strict=True))
+            size += int(dataset.id.get_storage_size()) + count * _A_CHUNK + _A_SAMPLE
+    return size
+
+
+def stored_tables(*, label_classes: Sequence[LabelClass] | None, target_classes: Sequence[str] | None) -> int:
+    """The most bytes that the class tables take in a shard; None for no labels or targets."""
+    return sum(len(table_text(table)) + _A_TABLE for table in (label_classes, target_classes) if table is not None)
 
 
 def assemble(

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import functools
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from coverfast import __version__
 from coverfast.checks import InputError, check_choice, require
 from coverfast.disk import byte_count
-from coverfast.ingest.assembly import Advance, Report, Target, assemble, file_name
+from coverfast.ingest.assembly import Advance, Report, Target, assemble, file_name, stored_tables
 from coverfast.ingest.files import PathLike, Source, scan
+from coverfast.ingest.labels import Annotations
 from coverfast.ingest.partial import Partial, hold
-from coverfast.ingest.pieces import Piece, Recipe, Refusal, Task, remove_damaged
+from coverfast.ingest.pieces import Pieces, Recipe, Task, bad_file, remove_damaged
 from coverfast.ingest.presets import preprocessing as complete
 from coverfast.ingest.splits import check_fractions, draw_splits, duplicates, split_counts
 from coverfast.ingest.workers import Workers, worker_count
@@ -50,6 +48,9 @@ def build_shard(
     out: PathLike,
     *,
     preprocessing: dict[str, Any],
+    labels: PathLike | Sequence[PathLike] | None = None,
+    label_table: PathLike | None = None,
+    classes: PathLike | None = None,
     workers: int | None = None,
     val_fraction: float = 0.0,
     test_fraction: float = 0.0,
@@ -68,13 +69,19 @@ def build_shard(
 ) -> BuildReport:
     """Read files and folders (`scan`, `read_source`), preprocess them and write the shard `out`, all or nothing.
 
-    preprocessing: from `coverfast.ingest.presets.preprocessing`. workers: processes, by default all cores but one; 0
-    works in this one. val_fraction, test_fraction, split_seed: see `draw_splits`; what has no group by itself gets it
-    from the regular expression `group`, see `scan`. volume: which of a 4D image. ndim: 2 or 3, leave images of the
-    other dimension out. shard_size: bytes; then the result is OUT-00000.h5, OUT-00001.h5, ..., each at most that large
-    unless a single sample is larger. compression: see `ShardWriter`. skip_bad: leave unreadable files out and list
-    them; otherwise the first one stops the build. progress: called with ("scanning", "reading", "writing" or
-    "checking", done, in all). note: called with sentences for the user.
+    preprocessing: from `coverfast.ingest.presets.preprocessing`. labels: files and folders of label maps, matched with
+    the images by name (`labels.find_maps`), each on the grid of its image (`label_maps.read_map`), brought to the
+    shard's grid by nearest pixel. label_table: a CSV file of value,name, of all values that there may be; without it
+    the classes are the values that there are. classes: a CSV file of name,class for the images
+    (`labels.find_targets`).
+
+    workers: processes, by default all cores but one; 0 works in this one. val_fraction, test_fraction, split_seed:
+    see `draw_splits`; what has no group by itself gets it from the regular expression `group`, see `scan`. volume:
+    which of a 4D image. ndim: 2 or 3, leave images of the other dimension out. shard_size: bytes; then the result
+    is OUT-00000.h5, OUT-00001.h5, ..., each at most that large unless a single sample is larger. compression: see
+    `ShardWriter`. skip_bad: leave unreadable files out and list them; otherwise the first one stops the build.
+    progress: called with ("scanning", "reading", "writing" or "checking", done, in all). note: called with
+    sentences for the user.
 
     Finished samples lie in OUT.partial until the end. After a kill at any instant, a full disk or a bad file, the same
     call goes on from there; other settings are refused unless `restart` throws those samples away. The content depends
@@ -93,7 +100,8 @@ def build_shard(
     require(ndim in (None, 2, 3), f"ndim must be 2 or 3, got {ndim!r}")
     count = worker_count(workers)
     target = Target(file_name(out), shard_size, overwrite)
-    recipe = Recipe(complete(**preprocessing), volume, compression, ndim)
+    given = Annotations(labels, label_table, classes)
+    recipe = Recipe(complete(**preprocessing), volume, compression, ndim, given.label_classes)
     settings = {
         "preprocessing": recipe.preprocessing,
         "volume": volume,
@@ -104,6 +112,7 @@ def build_shard(
         "test_fraction": test_fraction,
         "split_seed": split_seed,
         "shard_size": shard_size,
+        **given.settings(),
         "made by": f"coverfast {__version__}, shard format {VERSION}",
     }
     with Partial(target.out, settings, restart=restart) as partial:
@@ -116,6 +125,7 @@ def build_shard(
                 target,
                 recipe,
                 _Sources.found(paths, group, skip_bad, advance),
+                given,
                 draw={"val_fraction": val_fraction, "test_fraction": test_fraction, "seed": split_seed},
                 workers=count,
                 disk_check=disk_check,
@@ -146,12 +156,8 @@ class _Sources:
     ) -> _Sources:
         found = scan(paths, group=group, progress=lambda done, total: advance("scanning", done, total))
         if found.refused and not skip_bad:
-            raise InputError(_bad(found.refused[0]))
+            raise InputError(bad_file(found.refused[0]))
         return cls(found.sources, found.ignored, found.refused, skip_bad)
-
-
-def _bad(text: str) -> str:
-    return f"{text}; skip_bad=True (--skip-bad) leaves such files out"
 
 
 def _build(
@@ -159,6 +165,7 @@ def _build(
     target: Target,
     recipe: Recipe,
     found: _Sources,
+    given: Annotations,
     *,
     draw: dict[str, Any],
     workers: int,
@@ -166,7 +173,8 @@ def _build(
     advance: Advance,
     tell: Callable[[str], None],
 ) -> BuildReport:
-    sources = found.sources
+    matched = given.match(found.sources, tell)
+    sources = matched.images
     # As far as groups alone tell: a fraction that nothing can meet must not show after hours of reading.
     if sources:
         draw_splits([s.group for s in sources], [b"%d" % i for i in range(len(sources))], **draw)
@@ -175,14 +183,14 @@ def _build(
                 "no groups are known: every image counts as a patient of its own; group=REGEX (--group) finds patients "
                 "in file names"
             )
-    keys = [recipe.key(source) for source in sources]
-    pieces = _Pieces(found, advance)
+    keys = [recipe.key(source, *matched.of(i)) for i, source in enumerate(sources)]
+    pieces = Pieces(len(sources), found.skip_bad, advance)
     spread = sorted({i * len(sources) // _PROBES for i in range(_PROBES)} if sources else set())
     probes = set(spread)
     rest = (i for i in range(len(sources)) if i not in probes)
 
     def tasks(numbers: Iterable[int]) -> Iterable[Task]:
-        return (Task(i, sources[i], partial.piece(keys[i])) for i in numbers)
+        return (Task(i, sources[i], partial.piece(keys[i]), *matched.of(i)) for i in numbers)
 
     advance("reading", 0, len(sources))
     with Workers(min(workers, len(sources)), recipe, functools.partial(hold, partial.held_by_workers)) as pool:
@@ -203,15 +211,21 @@ def _build(
     splits, sets = draw_splits([pieces.groups[i] for i in good], hashes, **draw)
     count, pairs = duplicates(hashes)
     at = [partial.piece(keys[i]) for i in good]
+    # Of all samples, for the shards of a set must agree.
+    tables: dict[str, Any] = {
+        "label_classes": (given.label_classes or pieces.classes()) if matched.maps else None,
+        "target_classes": given.target_classes,
+    }
     try:
         names = assemble(
             partial,
             target,
             ((path, 0, SPLITS[split], None) for path, split in zip(at, splits, strict=True)),
-            target.parts(int(pieces.sizes[i]) for i in good),
+            target.parts((int(pieces.sizes[i]) for i in good), stored_tables(**tables)),
             advance,
             preprocessing=recipe.preprocessing,
             compression=recipe.compression,
+            **tables,
         )
     except InputError as error:
         if damaged := remove_damaged(at):
@@ -232,56 +246,6 @@ def _build(
     target.check()
     partial.publish(names, target.stale(names), report.plain())
     return report
-
-
-class _Pieces:
-    """What is known of every piece, in little memory."""
-
-    def __init__(self, found: _Sources, advance: Advance) -> None:
-        self._total, self._skip_bad, self._advance = len(found.sources), found.skip_bad, advance
-        self._first: tuple[Task, Piece] | None = None
-        self.sizes = np.zeros(self._total, np.int64)  # 0: no piece
-        self.hashes: list[bytes] = [b""] * self._total
-        self.groups: list[str] = [""] * self._total
-        self.skipped: dict[int, str] = {}
-        self.kept = self.unwanted = self._done = 0
-
-    def take(self, task: Task, result: Piece | Refusal) -> None:
-        self._done += 1
-        self._advance("reading", self._done, self._total)
-        number = task.number
-        if isinstance(result, Refusal) and result.unwanted:
-            self.unwanted += 1
-            return
-        if isinstance(result, Refusal):
-            if not result.unreadable:
-                raise InputError(result.text)
-            if not self._skip_bad:
-                raise InputError(_bad(result.text))
-            self.skipped[number] = result.text
-            return
-        first, like = self._first or (task, result)
-        name, as_first = task.source.path, f"like {first.source.path}"
-        require(
-            result.ndim == like.ndim,
-            f"{name} must be {like.ndim}D {as_first}, got {result.ndim}D; ndim={like.ndim} (--ndim {like.ndim}) leaves "
-            "such images out",
-        )
-        require(
-            result.channels == like.channels,
-            f"{name} must have {like.channels} channels {as_first}, got {result.channels}",
-        )
-        self._first = first, like
-        self.sizes[number], self.hashes[number] = result.size, result.sha256
-        self.groups[number] = sys.intern(result.group)
-        self.kept += result.kept
-
-    def good(self) -> list[int]:
-        return [int(i) for i in np.flatnonzero(self.sizes)]
-
-    def mean_size(self) -> float:
-        sizes = self.sizes[self.sizes > 0]
-        return float(sizes.mean()) if len(sizes) else 0.0
 
 
 def _check_disk(

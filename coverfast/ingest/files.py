@@ -47,13 +47,21 @@ class Source:
     path: the file, or the first of the series. name: what the shard keeps, `folder/sub/file` below a folder given by
     the caller, otherwise the file name: the same on every machine; for DICOM "dicom/" and digests of UIDs, which
     tell nothing of path or person. group: the patient or subject, "" if unknown. parts: for DICOM, (file, frame) of
-    each slice in order.
+    each slice in order. place: for DICOM, see `below`.
     """
 
     path: Path
     name: str
     group: str = ""
     parts: tuple[tuple[str, int], ...] = ()
+    place: str = ""
+
+    @property
+    def below(self) -> str:
+        """What labels and classes are matched with: the path below the folder given, otherwise the file name; of a
+        DICOM image in several files, the path of their folder.
+        """
+        return self.place or self.name.partition("/")[2] or self.name
 
     @property
     def kind(self) -> str:
@@ -146,11 +154,14 @@ def scan(
         from coverfast.ingest.readers.series import find_series
 
         images_found, others, sentences = find_series([file for _, file in sorted(dicom)], progress)
-        names = {file: name for name, file in dicom} if pattern else {}
+        names = {file: name for name, file in dicom}
         for image in images_found:
             first = image.parts[0][0]
             person = f"patient-{digest(_group(pattern, names[first]))}" if pattern else image.group
-            sources.append(Source(Path(first), image.name, person, image.parts))
+            alone = all(file == first for file, _ in image.parts)
+            sources.append(
+                Source(Path(first), image.name, person, image.parts, _dicom_place(names[first], first, alone))
+            )
         ignored += others
         refused += sentences
     require(len(sources) + len(refused) > 0, f"sources must hold images, found none among {ignored} DICOM files")
@@ -191,6 +202,21 @@ def _data_files(header: Path, kind: str) -> list[Path]:
 def _kind(name: str) -> str:
     lower = name.lower()
     return next((kind for suffix, kind in KINDS.items() if lower.endswith(suffix)), "")
+
+
+def stem(name: str) -> str:
+    """A file's name without the suffix of its kind, `.nii.gz` in one."""
+    lower = name.lower()
+    return next((name[: -len(suffix)] for suffix in KINDS if lower.endswith(suffix)), name)
+
+
+def _dicom_place(name: str, file: str, alone: bool) -> str:
+    """`Source.below` of a DICOM image: its first file is called `name`; alone: it has no other."""
+    above, *below = name.split("/")
+    if alone:
+        return "/".join(below) or above
+    # Files that lie in the given folder itself, or were given by name.
+    return "/".join(below[:-1]) or (above if below else Path(file).absolute().parent.name)
 
 
 def _is_dicom(file: str) -> bool:

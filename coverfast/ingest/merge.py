@@ -13,7 +13,8 @@ import numpy as np
 
 from coverfast import __version__
 from coverfast.checks import InputError, require
-from coverfast.ingest.assembly import Advance, Item, Report, Target, assemble, file_name, stored_size
+from coverfast.class_tables import ClassTables
+from coverfast.ingest.assembly import Advance, Item, Report, Target, assemble, file_name, stored_size, stored_tables
 from coverfast.ingest.files import PathLike
 from coverfast.ingest.partial import Partial
 from coverfast.ingest.splits import duplicates, join_groups, split_counts
@@ -46,15 +47,16 @@ def merge_shards(
     shard_size, overwrite, restart: as in `build_shard`; the new shards get their names when all are complete and read
     back. distinct_groups: groups of one name in different shards are different people (then `shards` must not be parts
     of one data set); the group "sub-01" of SITE.h5 becomes "SITE/sub-01". progress: called with ("scanning", "writing"
-    or "checking", samples done, in all). `InputError`: shards that differ in dimension, channels or preprocessing; a
-    group that is in different splits; a shard given twice or as `out`; with distinct_groups, two of one file name; and
-    what `Shard` and `ShardWriter` refuse.
+    or "checking", samples done, in all). The classes of labels and targets are those of all shards together.
+    `InputError`: shards that differ in dimension, channels, preprocessing, in having label maps, or in the name of a
+    label value; a group that is in different splits; a shard given twice or as `out`; with distinct_groups, two of one
+    file name; and what `Shard` and `ShardWriter` refuse.
     """
     paths = [Path(p) for p in ([shards] if isinstance(shards, str | os.PathLike) else shards)]
     require(len(paths) > 0, "shards must be at least 1 file, got none")
     advance = progress or (lambda stage, done, total: None)
     target = Target(file_name(out), shard_size, overwrite)
-    hashes, counts, options = _check_alike(paths, target.out)
+    hashes, counts, options, tables = _check_alike(paths, target.out)
     stems: list[str] = [path.stem for path in paths] if distinct_groups else []
     for path in paths if distinct_groups else ():
         require(
@@ -78,7 +80,9 @@ def merge_shards(
         items: Iterator[Item] = (
             (path, index, None, group) for (path, index), group in zip(places, known.groups, strict=True)
         )
-        names = assemble(partial, target, items, target.parts(known.sizes), advance, **options)
+        names = assemble(
+            partial, target, items, target.parts(known.sizes, stored_tables(**tables)), advance, **options, **tables
+        )
         sets, _ = join_groups(known.groups, known.hashes)
         splits = np.array(known.splits, np.uint8)
         count, pairs = duplicates(known.hashes)
@@ -99,11 +103,12 @@ def merge_shards(
         return report
 
 
-def _check_alike(paths: list[Path], out: Path) -> tuple[list[str], list[int], dict[str, Any]]:
-    """Content hash and number of samples of every shard, and what the writer of all of them needs to know."""
+def _check_alike(paths: list[Path], out: Path) -> tuple[list[str], list[int], dict[str, Any], dict[str, Any]]:
+    """Content hash and number of samples of every shard, what they have in common, and their class tables together."""
     seen: dict[str, Path] = {}
     hashes, counts = [], []
     first: dict[str, Any] = {}
+    tables = ClassTables()
     for path in paths:
         real = os.path.realpath(path)
         require(real not in seen, f"{path} must be given once, got it as {seen.get(real)} too")
@@ -113,10 +118,12 @@ def _check_alike(paths: list[Path], out: Path) -> tuple[list[str], list[int], di
             said = {"ndim": shard.ndim, "channels": shard.channels, "preprocessing": shard.preprocessing}
             hashes.append(shard.content_hash)
             counts.append(len(shard))
+            names, targets = dict(shard.label_classes), shard.target_classes
         first = first or said
         for key, value in said.items():
             require(value == first[key], f"{path} must have {key} = {first[key]} like {paths[0]}, got {value}")
-    return hashes, counts, first
+        tables.admit(str(path), list(names) or None, names=names, targets=targets)
+    return hashes, counts, first, tables.options()
 
 
 def _name(shards: list[Shard], counts: list[int], index: int) -> str:

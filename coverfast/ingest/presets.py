@@ -111,8 +111,9 @@ def _checked(name: str, parameter: Parameter, value: Any) -> Any:
 def preprocess(sample: Sample, settings: dict[str, Any]) -> Sample:
     """Do to a sample as read what `settings`, of `preprocessing` or of a shard, say; the same again every time.
 
-    The result keeps source, group and split; spacing and `original` say where its pixels lie. `raw` without a size
-    returns the sample. `InputError`: settings that are none; as `Unreadable`, a sample of another dimension than the
+    The result keeps source, group, split and target; spacing and `original` say where its pixels lie. Labels go to the
+    same grid, each pixel from the nearest one, 0 beyond the image. `raw` without a size returns the sample.
+    `InputError`: settings that are none; as `Unreadable`, a sample of another dimension than the
     preset's, or one that has no pixels on the new grid or too many.
     """
     require(
@@ -120,7 +121,21 @@ def preprocess(sample: Sample, settings: dict[str, Any]) -> Sample:
         f"preprocessing must be a dict with a preset, got {settings!r:.80}",
     )
     chosen = preprocessing(**settings)
-    return _CHAINS[chosen.pop("preset")](sample, **chosen)
+    result = _CHAINS[chosen.pop("preset")](sample, **chosen)
+    return result if sample.labels is None or result is sample else _with_labels(result, sample)
+
+
+def _with_labels(result: Sample, sample: Sample) -> Sample:
+    """`result` with the labels of the sample it was made of, by the way that its pixels went."""
+    assert sample.labels is not None
+    assert result.original is not None
+    ndim = sample.labels.ndim
+    before = np.eye(ndim + 1) if sample.original is None else sample.original.to_original
+    to_old = np.linalg.solve(before, result.original.to_original)
+    step, origin = to_old.diagonal()[:ndim], to_old[:ndim, ndim]
+    size = result.pixels.shape[1:]
+    labels = resample_to(sample.labels[None], size, step.tolist(), origin.tolist(), order=0, fill=lambda inside: 0)
+    return replace(result, labels=labels[0])
 
 
 def _raw(sample: Sample, size: int | None) -> Sample:

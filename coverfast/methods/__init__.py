@@ -26,6 +26,8 @@ class Batch:
         iteration: of the training, from 1; 0 for fixed held-out views.
         focus: `(B, n)` pixel of each whole image that its crop is centred on, as far as it fits, on the CPU; -1, or
             None for all, for a random crop.
+        labels: `(B, *S)` uint8 class of every pixel of `images`; None where none were asked for.
+        targets: `(B,)` int64 class of each image, -1 for none; None where none were asked for.
     """
 
     images: Tensor
@@ -35,6 +37,8 @@ class Batch:
     seed: int
     iteration: int
     focus: Tensor | None = None
+    labels: Tensor | None = None
+    targets: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -44,8 +48,10 @@ class Batch:
         share = len(self) // count
         cuts = [slice(i * share, (i + 1) * share) for i in range(count)]
         rows = [(self.images[c], self.sizes[c], self.corner[c], self.samples[c]) for c in cuts]
-        focus = [None if self.focus is None else self.focus[c] for c in cuts]
-        return [Batch(*row, self.seed, self.iteration, f) for row, f in zip(rows, focus, strict=True)]
+        optional = [
+            [None if values is None else values[c] for values in (self.focus, self.labels, self.targets)] for c in cuts
+        ]
+        return [Batch(*row, self.seed, self.iteration, *more) for row, more in zip(rows, optional, strict=True)]
 
 
 class Outcome(NamedTuple):
@@ -60,6 +66,10 @@ class Outcome(NamedTuple):
     seen: Any
 
 
+def _alone(values: Tensor) -> Tensor:
+    return values
+
+
 class Method(nn.Module, ABC):
     """What the training loop asks of a method.
 
@@ -67,9 +77,12 @@ class Method(nn.Module, ABC):
         regions: which part of each image an iteration needs: from (seed, iteration, samples `(B,)`, sizes `(B, n)`,
             focus `(B, n)`) to first pixel and one past the last, `(B, n, 2)`. It goes to other processes and touches
             no device.
+        total: adds a tensor up over the processes, in place; the engine sets it where there are several. For a loss
+            that is not a sum over pixels.
     """
 
     regions: Callable[[int, int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
+    total: Callable[[Tensor], Tensor] = staticmethod(_alone)
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Any:

@@ -68,12 +68,19 @@ LOSS = Panel(
         Curve("loss", "$L$", INK, 3.6),
         Curve("loss_vec", "$L_{vec}$, px", VECTOR),
         Curve("loss_con", "$L_{con}$", CONSISTENCY),
+        Curve("loss_dice", "Dice", VECTOR),
+        Curve("loss_ce", "cross-entropy", CONSISTENCY),
     ),
     log=True,
 )
 RATIO = Panel(
     "end-point ratio (0: exact, 1: no better than no displacement)",
     (Curve("epe_ratio", "learned from", VECTOR), Curve("val_epe_ratio", "held out", CONSISTENCY)),
+    one=True,
+)
+AREA = Panel(
+    "held-out cases: area under the ROC curve, accuracy",
+    (Curve("val_auc", "AUC", VECTOR), Curve("val_accuracy", "accuracy", CONSISTENCY)),
     one=True,
 )
 COSINES = (Curve("cos_near", "neighbouring pixels", VECTOR), Curve("cos_random", "random pixels", INK))
@@ -103,6 +110,9 @@ def _panels(metrics: Metrics) -> list[Panel]:
     return [
         LOSS,
         RATIO,
+        Panel("held-out cases: mean DSC", [Curve("val_dsc", "", VECTOR)], one=True),
+        AREA,
+        Panel("share of right labels, augmented crops", [Curve("accuracy", "", VECTOR)], share=True),
         Panel("end-point ratio of each level", ratios, one=True),
         Panel("cosine between features, finest level", COSINES, zero=False),
         Panel("effective rank of the features", RANKS),

@@ -20,9 +20,15 @@ _BLOCK = 8192
 
 #: What figures are, by name; `NAME_0`, `NAME_1`, ... are those of the levels, and `val_NAME` of held-out samples.
 MEANINGS = {
-    "loss": "what is minimised, L = L_vec + L_con",
+    "loss": "what is minimised, the sum of the losses below",
     "loss_vec": "L1 distance between predicted and true displacement, px",
     "loss_con": "1 - cosine between the features of both views at the same place",
+    "loss_dice": "soft Dice loss of the batch, over the foreground classes",
+    "loss_ce": "cross-entropy of the batch",
+    "dsc": "Dice similarity, mean over cases and foreground classes",
+    "auc": "area under the ROC curve, one class against the rest",
+    "accuracy": "share of right labels",
+    "cross_entropy": "mean cross-entropy",
     "epe_ratio": "end-point error over that of no displacement: 0 is exact, 1 no better than nothing",
     "epe": "end-point error: distance between predicted and true displacement, px of its level",
     "ratio": "end-point ratio",

@@ -9,7 +9,7 @@ from coverfast.checks import InputError, per_axis, require
 from coverfast.methods.cover import Cover
 from coverfast.ops.dispatch import OPS, choose
 from coverfast.pyramid import VectorPyramid
-from coverfast.training.settings import Settings
+from coverfast.training.settings import Settings, TrainingSettings
 from coverfast.training.world import World
 
 
@@ -23,7 +23,7 @@ def build_method(s: Settings, ndim: int, channels: int) -> Cover:
     return Cover(backbone, pyramid, crop=crop_of(s, ndim), settings=s.views(), pad=s.pad, impl=s.impl)
 
 
-def crop_of(s: Settings, ndim: int) -> tuple[int, ...]:
+def crop_of(s: TrainingSettings, ndim: int) -> tuple[int, ...]:
     """Size of the views, one int an axis."""
     return per_axis("crop", s.crop[0] if len(s.crop) == 1 else s.crop, ndim)
 
@@ -53,7 +53,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def check_batch(s: Settings, world: World) -> None:
+def check_batch(s: TrainingSettings, world: World) -> None:
     """Refuse a batch that cannot be shared evenly, with the nearest ones that can."""
     shares = world.size * s.accumulate
     below = s.batch // shares * shares

@@ -11,11 +11,11 @@ from typing import Any
 
 from coverfast.checks import InputError, require
 from coverfast.disk import explained
-from coverfast.training.settings import Settings, check_values, checked
+from coverfast.training.settings import S, Settings, TrainingSettings, check_values, checked
 
 
 def to_toml(
-    settings: Settings, *, comments: bool = False, tables: Mapping[str, Mapping[str, Any]] | None = None
+    settings: TrainingSettings, *, comments: bool = False, tables: Mapping[str, Mapping[str, Any]] | None = None
 ) -> str:
     """The settings as a TOML document, with the help of every key as a comment or with further tables behind."""
     lines = []
@@ -34,7 +34,9 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def read_toml(path: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def read_toml(
+    path: str | Path, kind: type[TrainingSettings] = Settings
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Settings of a TOML file, checked, and its tables (of a run's own file: provenance, resumed)."""
     path = Path(path)
     with explained(path, "read"):
@@ -46,7 +48,7 @@ def read_toml(path: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Any
         raise InputError(f"config must be a TOML file, but {path} is none: {error}") from None
     tables = {title: values.pop(title, {}) for title in ("provenance", "resumed")}
     try:
-        return check_values(values), tables
+        return check_values(values, kind), tables
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -54,12 +56,12 @@ def read_toml(path: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Any
 # --- resume ------------------------------------------------------------------------------------------------------
 
 
-def check_resume(old: Settings, given: Mapping[str, Any]) -> Settings:
+def check_resume(old: S, given: Mapping[str, Any]) -> S:
     """The settings of a resumed run: the old ones, and what was given anew where that may change."""
-    given = check_values(given)
-    for f in fields(Settings):
+    given = check_values(given, type(old))
+    for f in fields(old):
         if f.name in given and not f.metadata.get("free") and given[f.name] != getattr(old, f.name):
-            free = ", ".join(n for n in free_settings())
+            free = ", ".join(free_settings(old))
             raise InputError(
                 f"{f.name} cannot change on resume, the run has {getattr(old, f.name)!r}, got {given[f.name]!r} "
                 f"(free to change: {free})"
@@ -67,17 +69,17 @@ def check_resume(old: Settings, given: Mapping[str, Any]) -> Settings:
     return checked(replace(old, **given))
 
 
-def changed_settings(stored: Mapping[str, Any], settings: Settings) -> str:
+def changed_settings(stored: Mapping[str, Any], settings: TrainingSettings) -> str:
     """Names of the settings of a checkpoint that may not change and did."""
-    now, free = as_plain(settings), set(free_settings())
+    now, free = as_plain(settings), set(free_settings(settings))
     return ", ".join(name for name in now if name not in free and stored.get(name) != now[name])
 
 
-def free_settings() -> Iterable[str]:
+def free_settings(settings: TrainingSettings) -> Iterable[str]:
     """Names of the settings that may change on resume."""
-    return (f.name for f in fields(Settings) if f.metadata.get("free"))
+    return (f.name for f in fields(settings) if f.metadata.get("free"))
 
 
-def as_plain(settings: Settings) -> dict[str, Any]:
+def as_plain(settings: TrainingSettings) -> dict[str, Any]:
     """The settings as JSON-able values."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}

@@ -18,7 +18,17 @@ def batches(loaded: Iterable[Images], seed: int, on_bad: Callable[[str], None]) 
     for found in loaded:
         for reason in found.bad:
             on_bad(reason)
-        yield Batch(found.images, found.sizes, found.corner, found.samples, seed, found.iteration, found.focus)
+        yield Batch(
+            found.images,
+            found.sizes,
+            found.corner,
+            found.samples,
+            seed,
+            found.iteration,
+            found.focus,
+            found.labels,
+            found.targets,
+        )
 
 
 def held_out(

@@ -22,7 +22,7 @@ from coverfast.backbones import load_state
 from coverfast.checks import require
 from coverfast.methods import Batch, Method
 from coverfast.training.schedules import learning_rate
-from coverfast.training.settings import Settings
+from coverfast.training.settings import TrainingSettings
 from coverfast.training.world import World
 
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -37,7 +37,7 @@ class Choices:
     layout: str
 
     @classmethod
-    def of(cls, s: Settings, device: torch.device, *, sharded: bool = False) -> Choices:
+    def of(cls, s: TrainingSettings, device: torch.device, *, sharded: bool = False) -> Choices:
         """bfloat16 on a GPU that has it. Channels-last on a CPU and compiled on a GPU (norms alone copy), unsharded."""
         gpu = device.type == "cuda"
         precision = s.precision
@@ -61,7 +61,7 @@ class Engine:
         look: what `Method.monitor` found at the last step that watched.
     """
 
-    def __init__(self, method: Method, s: Settings, device: torch.device, world: World | None = None) -> None:
+    def __init__(self, method: Method, s: TrainingSettings, device: torch.device, world: World | None = None) -> None:
         self.settings, self.device, self.world = s, device, world or World()
         backbone = getattr(method, "backbone", None)
         ndim = getattr(backbone, "ndim", 2)
@@ -73,9 +73,12 @@ class Engine:
             require(hasattr(backbone, "recompute"), "recompute needs a backbone that knows how, got one that does not")
             backbone.recompute = True  # type: ignore[union-attr]
         self.ema = copy.deepcopy(self.method).requires_grad_(False) if s.ema else None
+        if self.world.size > 1:
+            self.method.total = self.world.sum
         self.network = self._network()
         kind = torch.optim.Adam if s.optimizer == "adam" else torch.optim.AdamW
-        self.optimizer = kind(self.method.parameters(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
+        learning = [p for p in self.method.parameters() if p.requires_grad]
+        self.optimizer = kind(learning, lr=s.lr, weight_decay=s.weight_decay, fused=True)
         self.names: tuple[str, ...] = ()
         self.look: dict[str, Tensor] = {}
 

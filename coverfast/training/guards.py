@@ -14,7 +14,7 @@ from coverfast.checks import InputError
 from coverfast.disk import explained, write_atomically
 from coverfast.loader import ImageStream
 from coverfast.training.checkpoints import Checkpoints
-from coverfast.training.settings import Settings
+from coverfast.training.settings import TrainingSettings
 from coverfast.training.world import World
 
 #: Batches of skipped steps that are saved; more would only fill the disk.
@@ -28,7 +28,7 @@ class Saver:
     def __init__(
         self,
         checkpoints: Checkpoints,
-        settings: Settings,
+        settings: TrainingSettings,
         world: World,
         state: Callable[[], Mapping[str, Any]],
         on_note: Callable[[str], None],

@@ -21,11 +21,11 @@ from coverfast.training.telemetry import Record, Spent, Telemetry
 class Hooks:
     """What the loop calls between steps.
 
-    validate: figures on held-out data. save: write a checkpoint after an iteration, "last" or not. due: whether one is
-    due. draw: make pictures. stop: the number of the signal that asks all processes to stop, 0 for none.
+    validate: figures on held-out data after an iteration. save: write a checkpoint after one, "last" or not. due:
+    whether one is due. draw: make pictures. stop: the number of the signal that asks all processes to stop, 0 for none.
     """
 
-    validate: Callable[[], Record] | None
+    validate: Callable[[int], Record] | None
     save: Callable[[int, bool], Any]
     due: Callable[[int], bool]
     draw: Callable[[int], Any]
@@ -63,14 +63,14 @@ def train(engine: Engine, data: Iterable[Batch], telemetry: Telemetry, hooks: Ho
 
         extra = {"lr": learning_rate(s, i)}
         if hooks.validate and (last or i % s.val_every == 0):
-            extra |= {f"val_{name}": value for name, value in hooks.validate().items()}
+            extra |= {f"val_{name}": value for name, value in hooks.validate(i).items()}
         telemetry.add(i, engine.names, figures, spent, look=engine.look if look and writes else None, extra=extra)
 
         signal = hooks.stop()
         if last or signal or hooks.due(i):
             telemetry.drain(engine.names)
             hooks.save(i, bool(last or signal))
-        if i % s.report_every == 0 and not last and not signal:
+        if s.report and i % s.report_every == 0 and not last and not signal:
             hooks.draw(i)
         if signal:
             return signal

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,42 +12,27 @@ from coverfast.backbones import UNet, load_state
 from coverfast.backbones.files import backbone_bytes
 from coverfast.checks import InputError
 from coverfast.disk import write_atomically
-from coverfast.loader import ImageStream, load_batches, lost_reader, reading_processes, to_device
 from coverfast.methods import Batch
 from coverfast.methods.cover import Cover
-from coverfast.shard_set import ShardSet
 from coverfast.training.assembly import build_method
 from coverfast.training.config import as_plain
-from coverfast.training.data import batches, held_out
-from coverfast.training.engine import Engine
-from coverfast.training.guards import Saver, SkipGuard
-from coverfast.training.loop import Hooks, train
-from coverfast.training.rehearsal import Rehearsal, forecast, rehearse
-from coverfast.training.runs import Run, provenance
+from coverfast.training.data import held_out
+from coverfast.training.estimate import step_flops
+from coverfast.training.runs import Run
 from coverfast.training.settings import Settings
-from coverfast.training.signals import StopSignals, end_by
-from coverfast.training.telemetry import Record, Telemetry, TensorBoard, Work
-from coverfast.training.world import StopVote, World
+from coverfast.training.telemetry import Record
+from coverfast.training.trainer import Training
+from coverfast.training.world import World
 
 #: Separates the views of validation from those of training.
 _VALIDATION_KEY = 0x5A17
 
 
 @dataclass
-class Pretraining:
-    """A run that is ready to start or to go on; `plan` or `resume` make one."""
+class Pretraining(Training):
+    """A pretraining run that is ready to start or to go on; `plan` or `resume` make one."""
 
     settings: Settings
-    run: Run | None
-    shards: ShardSet
-    val: ShardSet | None
-    engine: Engine
-    first: int
-    notes: list[str]
-    world: World = field(default_factory=World)
-    origin: dict[str, Any] = field(default_factory=dict)
-    bad: dict[str, None] = field(default_factory=dict)
-    on_note: Callable[[str], None] = print
 
     @property
     def method(self) -> Cover:
@@ -60,138 +41,18 @@ class Pretraining:
         assert isinstance(found, Cover)
         return found
 
-    def start(self, on_step: Callable[[list[Record]], None] = lambda records: None) -> Run:
-        """Train to the end, write `backbone.safetensors` and, with matplotlib, `report/`; return the run.
+    def _blank(self) -> Cover:
+        return build_method(self.settings, self.shards.ndim, self.shards.channels)
 
-        `on_step` gets records as they come, some iterations late: `iteration`, the method's figures, gradient norm,
-        rates; on some iterations also what the monitor saw and, `val_` before their names, figures on held-out data.
+    def _flops(self) -> float:
+        return step_flops(self._blank(), self.settings.batch)
 
-        A signal that asks to stop (SIGINT, SIGTERM) leaves a checkpoint and raises what it means to Python.
-        """
-        s = self.settings
-        with ExitStack() as stack, _determinism(s), _explained(s, self.engine.device):
-            rehearsed = self._rehearse() if self.first <= s.iterations else None
-            run = self._open(stack)
-            if rehearsed:
-                with StopSignals() as signals:
-                    stopped = self._train(run, signals, rehearsed, on_step)
-                if stopped:
-                    self._note(f"signal {stopped}: stopped after a checkpoint")
-                    end_by(stopped)
-            if self.bad:
-                self.notes.append(f"{len(self.bad)} sample(s) could not be read and were skipped, named above")
-            self._save_backbone()
-            self._draw(s.iterations)
-        return run
-
-    def _rehearse(self) -> Rehearsal:
-        s = self.settings
-        if s.compile:
-            self._note("compiling a step, which takes a minute or more ...")
-        found = rehearse(self.engine, self._batch(self.first), self._blank())
-        folder = self.run.folder if self.run else Path(s.run or "runs")
-        for note in forecast(found, self.engine, self.first, folder):
-            self._note(note)
-        return found
-
-    def _open(self, stack: ExitStack) -> Run:
-        """The run folder, made or taken up, and this process's alone until the stack is left."""
-        s, e = self.settings, self.engine
-        facts = {"device": str(e.device), "processes": self.world.size}
-        facts |= {"precision": e.choices.precision, "layout": e.choices.layout}
-        if self.world.writes:
-            now = provenance(self.shards.content_hash) | facts
-            if self.run is None:
-                self.run = Run.create(s, now)
-                stack.enter_context(self.run.locked())
-            else:
-                stack.enter_context(self.run.locked())
-                self.run.clean(self.first - 1)
-                self.run.write_config(s, {"provenance": self.origin, "resumed": now})
-        self.run = Run(Path(self.world.same(str(self.run.folder) if self.run else "")))
-        return self.run
-
-    def _train(self, run: Run, signals: StopSignals, found: Rehearsal, on_step: Callable[[list[Record]], None]) -> int:
-        s, e, world = self.settings, self.engine, self.world
-        workers = reading_processes(e.device) if s.workers < 0 else s.workers
-        stream = self._stream(self.shards, s.seed)
-        loaded = load_batches(stream, first=self.first, last=s.iterations, workers=workers, device=e.device)
-        guard = SkipGuard(
-            run.folder / "skipped", s.skip_limit, world, self._stream(self.shards, s.seed, World()), self._note
-        )
-        board = self._tensorboard(run)
-        stack = ExitStack()
-        if board:
-            stack.callback(board.close)
-        unwritten: list[Record] = []
-
-        def deliver(records: list[Record]) -> None:
-            if world.writes:
-                self._write_metrics(run, unwritten, records)
-                if board:
-                    board.write(records)
-                on_step(records)
-            guard.check(records, run.checkpoints)
-
-        work = Work(s.batch, found.flops, found.rate)
-        telemetry = Telemetry(self.method, world, work, every=s.log_every, deliver=deliver)
-        saver = Saver(run.checkpoints, s, world, self._state, self._note)
-        vote = StopVote(world)
-        hooks = Hooks(
-            validate=self._validate if self.val else None,
-            save=saver,
-            due=saver.due,
-            draw=self._draw,
-            stop=lambda: vote(signals.received),
-        )
-        with stack:
-            data = _until_stopped(batches(loaded, s.seed, self._skipped), signals, world)
-            stopped = train(e, data, telemetry, hooks)
-            vote.close()
-        if unwritten:
-            self._note(f"warning: {len(unwritten)} lines of {run.metrics} could not be written")
-        return stopped
-
-    def _state(self) -> dict[str, Any]:
-        shards = self.shards
-        about = {"ndim": shards.ndim, "channels": shards.channels, "preprocessing": shards.preprocessing}
-        return self.engine.state() | {"settings": as_plain(self.settings), "data": about}
-
-    def _write_metrics(self, run: Run, unwritten: list[Record], records: list[Record]) -> None:
-        """Append to metrics.jsonl; what a full disk refuses is kept and tried again with the next lines."""
-        told = bool(unwritten)
-        unwritten += records
-        try:
-            run.append_metrics(unwritten)
-            unwritten.clear()
-        except InputError as error:
-            if not told:
-                self._note(f"warning: {error}; training goes on, its figures are written once there is space")
-
-    def _tensorboard(self, run: Run) -> TensorBoard | None:
-        wanted = self.settings.tensorboard and self.world.writes and TensorBoard.installed()
-        return TensorBoard(run.folder / "tensorboard", self.first, self._note) if wanted else None
-
-    # --- data ---
-
-    def _stream(self, shards: ShardSet, seed: int, world: World | None = None) -> ImageStream:
-        s, world = self.settings, world or self.world
-        return ImageStream(
-            shards,
-            batch=s.batch,
-            seed=seed,
-            regions=self.method.regions,
-            crops=s.crops,
-            foreground=s.foreground,
-            on_bad_sample=s.on_bad_sample,
-            rank=world.rank,
-            world=world.size,
-        )
-
-    def _batch(self, iteration: int) -> Batch:
-        """What an iteration sees, read in this process."""
-        loaded = self._stream(self.shards, self.settings.seed).load(iteration)
-        return next(batches([to_device(loaded, self.engine.device)], self.settings.seed, self._skipped))
+    def results(self, run: Run) -> list[tuple[Path, str]]:
+        """See `Training`."""
+        return [
+            (run.backbone, "the trained backbone, coverfast.load_backbone() reads it"),
+            (run.report / "index.html", "views, fields, features, similarities and curves, to look at"),
+        ]
 
     def _held_out(self, limit: int, *, shared: bool = False) -> Iterator[Batch]:
         """Held-out batches of the size that passes in training, all or this process's share of them."""
@@ -201,19 +62,7 @@ class Pretraining:
         rank, size = (world.rank, world.size) if shared else (0, 1)
         return held_out(stream, limit=limit, device=self.engine.device, on_bad=self._skipped, rank=rank, world=size)
 
-    def _skipped(self, reason: str) -> None:
-        """Tell once of every sample that was replaced."""
-        if reason not in self.bad:
-            self.bad[reason] = None
-            self.on_note(f"skipped: {reason}")
-
-    def _note(self, text: str) -> None:
-        if self.world.writes:
-            self.on_note(text)
-
-    # --- results ---
-
-    def _validate(self) -> Record:
+    def _validate(self, iteration: int) -> Record:
         """Figures over all held-out pixels, which the processes share."""
         e = self.engine
         names, shared = e.names[:-2], not e.sharded
@@ -224,12 +73,7 @@ class Pretraining:
             self.world.sum(totals)
         return self.method.figures(dict(zip(names, totals.tolist(), strict=True)))
 
-    def _blank(self) -> Cover:
-        """The method before training, on the CPU."""
-        return build_method(self.settings, self.shards.ndim, self.shards.channels)
-
-    def _save_backbone(self) -> None:
-        assert self.run is not None
+    def _save_result(self, run: Run) -> None:
         weights = self.engine.weights()
         if self.world.writes:
             whole = self._blank()
@@ -237,19 +81,15 @@ class Pretraining:
             about = {"config": as_plain(self.settings), "preprocessing": self.shards.preprocessing}
             backbone = whole.backbone
             assert isinstance(backbone, UNet)
-            write_atomically(self.run.backbone, backbone_bytes(backbone, **about))
+            write_atomically(run.backbone, backbone_bytes(backbone, **about))
 
     def _draw(self, iteration: int) -> None:
         """Pictures of the run, from fixed views of the first (held-out) sample; what stands in their way is told."""
         assert self.run is not None
-        method = self.engine.result
-        if self.engine.sharded:
-            weights, method = self.engine.weights(), self._blank()
-            if self.world.writes:
-                load_state(method, weights, "the trained network")
-                method.to(self.engine.device)
-        if not self.world.writes:
+        method = self._whole()
+        if method is None:
             return
+        assert isinstance(method, Cover)
         method.eval()
         try:
             from coverfast.report import Pictures, load_metrics, write_report
@@ -269,48 +109,3 @@ class Pretraining:
         except InputError as error:
             self._note(f"no pictures: {error}")
         method.train()
-
-
-def _until_stopped(data: Iterator[Batch], signals: StopSignals, world: World) -> Iterator[Batch]:
-    """The batches; a signal to a whole group of processes may end those who read before the training is done."""
-    try:
-        yield from data
-    except InputError:
-        time.sleep(0.5)  # it may be on its way to this process
-        if not signals.received or world.size > 1:
-            raise
-
-
-@contextmanager
-def _determinism(s: Settings) -> Iterator[None]:
-    """The same bits on a GPU every time, when asked for; otherwise cuDNN may choose its fastest convolutions."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    memory: Any = torch.utils.deterministic
-    filling = memory.fill_uninitialized_memory
-    torch.backends.cudnn.benchmark = not s.deterministic
-    if s.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
-        torch.use_deterministic_algorithms(True)
-        memory.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
-        memory.fill_uninitialized_memory = filling
-
-
-@contextmanager
-def _explained(s: Settings, device: torch.device) -> Iterator[None]:
-    """Too little memory and lost reading processes, in a sentence."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise InputError(
-                f"a batch of {s.batch} crops of {s.crop} does not fit into the memory of {device}; "
-                f"use --recompute, more --accumulate, a smaller --batch or a smaller --crop"
-            ) from None
-        if lost := lost_reader(error):
-            raise lost from error
-        raise

@@ -12,9 +12,8 @@ import torch
 
 from coverfast.disk import byte_count
 from coverfast.methods import Batch
-from coverfast.methods.cover import Cover
 from coverfast.training.engine import Engine
-from coverfast.training.estimate import duration, matrix_rate, step_flops
+from coverfast.training.estimate import duration, matrix_rate
 from coverfast.training.telemetry import peak_memory
 
 #: A first step that takes longer than this is not repeated without what only a first step does.
@@ -31,10 +30,10 @@ class Rehearsal:
     rate: float
 
 
-def rehearse(engine: Engine, batch: Batch, whole: Cover) -> Rehearsal:
+def rehearse(engine: Engine, batch: Batch, flops: float) -> Rehearsal:
     """Forward and backward of a batch, as the training will do them; the weights are left as they are.
 
-    whole: the method as one process by itself has it, to count operations on.
+    flops: of a step of all processes.
     """
     device, world = engine.device, engine.world
     seconds = math.inf
@@ -51,7 +50,6 @@ def rehearse(engine: Engine, batch: Batch, whole: Cover) -> Rehearsal:
     held = (getattr(p, "_local_tensor", p) for p in engine.method.parameters())
     moments = 8 * sum(p.numel() for p in held)
     dtype = torch.bfloat16 if engine.choices.precision == "bfloat16" else torch.float32
-    flops = step_flops(whole, engine.settings.batch)
     return Rehearsal(seconds, peak_memory(device) + moments, flops, matrix_rate(device, dtype) * world.size)
 
 

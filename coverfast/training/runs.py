@@ -27,7 +27,7 @@ from coverfast.checks import InputError, require
 from coverfast.disk import explained, write_atomically
 from coverfast.training.checkpoints import Checkpoints
 from coverfast.training.config import read_toml, to_toml
-from coverfast.training.settings import Settings, resolve
+from coverfast.training.settings import S, TrainingSettings, resolve
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Run:
         return self.folder / "backbone.safetensors"
 
     @property
+    def network(self) -> Path:
+        """The backbone with the head of a task."""
+        return self.folder / "network.safetensors"
+
+    @property
     def report(self) -> Path:
         """Folder of the pictures; its `index.html` shows them."""
         return self.folder / "report"
@@ -60,9 +65,9 @@ class Run:
     # --- configuration ---
 
     @classmethod
-    def create(cls, settings: Settings, provenance: Mapping[str, Any]) -> Run:
+    def create(cls, settings: TrainingSettings, provenance: Mapping[str, Any]) -> Run:
         """A new run folder with its configuration; refuses a folder that holds anything."""
-        name = settings.run or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{settings.preset}"
+        name = settings.run or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{settings.label}"
         run = cls(Path(name))
         check_new_folder(name)
         new = not run.folder.exists()
@@ -76,18 +81,18 @@ class Run:
             raise
         return run
 
-    def write_config(self, settings: Settings, tables: Mapping[str, Mapping[str, Any]]) -> None:
+    def write_config(self, settings: TrainingSettings, tables: Mapping[str, Mapping[str, Any]]) -> None:
         """Write the resolved settings and tables of versions, commit and data hash."""
         write_atomically(self.config, to_toml(settings, tables=tables))
 
     @classmethod
-    def open(cls, folder: str) -> tuple[Run, Settings, dict[str, dict[str, Any]]]:
+    def open(cls, folder: str, kind: type[S]) -> tuple[Run, S, dict[str, dict[str, Any]]]:
         """An existing run, its settings and the other tables of its configuration."""
         require(bool(folder), "run must name the folder to resume, got none; use --run DIR")
         run = cls(Path(folder))
         require(run.config.is_file(), f"run must be a folder with config.toml, but {run.config} does not exist")
-        values, tables = read_toml(run.config)
-        return run, resolve(str(values.get("preset", "")), values), tables
+        values, tables = read_toml(run.config, kind)
+        return run, resolve(str(values.get("preset", "")), values, kind=kind), tables
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from math import cos, pi
 
-from coverfast.training.settings import Settings
+from coverfast.training.settings import TrainingSettings
 
 
-def learning_rate(s: Settings, iteration: int) -> float:
+def learning_rate(s: TrainingSettings, iteration: int) -> float:
     """Of `iteration`, from 1: a linear warm-up, then constant or a half cosine over what is left of the schedule."""
     if iteration < s.warmup:
         return s.lr * iteration / s.warmup

@@ -1,4 +1,4 @@
-"""Every setting of a pretraining run, once: presets, TOML, command-line flags and the resume check read this table."""
+"""Every setting of a training run, once: presets, TOML, command-line flags and the resume check read these tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar, Self, TypeVar, overload
 
 from coverfast.checks import InputError, check_choice, require
 from coverfast.ops.dispatch import IMPLEMENTATIONS
@@ -17,101 +17,138 @@ Ints = tuple[int, ...]
 Strs = tuple[str, ...]
 
 
-def _setting(default: Any, text: str, **traits: Any) -> Any:
+def setting(default: Any, text: str, **traits: Any) -> Any:
     """A field with its help; `free` may change on resume, `least` and `most` bound a number, `also` names its flag."""
     return field(default=default, metadata={"help": text, **traits})
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of `coverfast pretrain`; the defaults are those of the paper in 2D. Help is in the fields' metadata."""
+class TrainingSettings:
+    """What every kind of training has; the defaults are those of the paper in 2D. Help is in the fields' metadata."""
 
-    preset: str = _setting("paper-2d", "paper-2d, paper-3d, small-2d or small-3d; default: from shard and device")
-    data: Strs = _setting((), "shard, folder or glob of shards to learn from; may be repeated", free=True)
-    split: str = _setting("train", f"samples to learn from: {', '.join(SPLITS)} or all")
-    val: Strs = _setting((), "held-out shards, their val split or else all; default: the val split of data", free=True)
+    #: Values by the name of a preset, which ends in the number of spatial axes.
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: Settings that are one of a few words.
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "impl": IMPLEMENTATIONS,
+        "split": (*SPLITS, "all"),
+        "on_bad_sample": ON_BAD_SAMPLE,
+        "optimizer": ("adam", "adamw"),
+        "schedule": ("constant", "cosine"),
+        "precision": ("auto", "bfloat16", "float32"),
+        "layout": ("auto", "contiguous", "channels_last"),
+    }
+
+    preset: str = setting("paper-2d", "paper-2d, paper-3d, small-2d or small-3d; default: from shard and device")
+    data: Strs = setting((), "shard, folder or glob of shards to learn from; may be repeated", free=True)
+    split: str = setting("train", f"samples to learn from: {', '.join(SPLITS)} or all")
+    val: Strs = setting((), "held-out shards, their val split or else all; default: the val split of data", free=True)
     # torchrun takes --run for an ambiguous --run-path of its own.
-    run: str = _setting("", "run folder; default runs/<date>-<time>-<preset>", free=True, also=("run_folder",))
-    init: str = _setting("", "backbone.safetensors to start from")
-    iterations: int = _setting(200_000, "iterations in total", least=1, free=True)
-    batch: int = _setting(24, "images an iteration, over all processes", least=1)
-    crop: Ints = _setting((384,), "size of the views, one int or one per axis", least=1)
-    pad: bool = _setting(False, "zero-pad images smaller than the crop and mask the padding")
-    foreground: float = _setting(0.0, "share of the crops that are placed on the foreground", least=0, most=1)
-    channels: Ints = _setting((32, 64, 128, 256, 512), "U-Net channels, encoder only or encoder and decoder", least=8)
-    groups: Ints = _setting((4, 4, 4, 1, 1), "groups of each pyramid level, coarse to fine", least=1)
-    head_dim: int = _setting(8, "channels of a group", least=1)
-    window: Ints = _setting((7,), "odd matching window: one int, one per axis or one per level", least=1)
-    strength: float = _setting(1.0, "factor on every range of the spatial transform; 1 is the paper's", least=0)
-    rotation: float = _setting(ViewSettings.rotation, "largest rotation about an axis, radians", least=0)
-    shear: float = _setting(ViewSettings.shear, "largest shear angle, radians", least=0)
-    scale: float = _setting(ViewSettings.scale, "largest deviation of a scale from 1", least=0)
-    translation: float = _setting(ViewSettings.translation, "largest shift, fraction of the size", least=0)
-    elastic: float = _setting(0.0, "standard deviation of a smooth elastic part, pixels", least=0)
-    elastic_spacing: float = _setting(32.0, "distance of its control points, pixels", least=1)
-    probability: float = _setting(0.9, "probability of each appearance transform", least=0)
-    noise: float = _setting(0.02, "largest standard deviation of the noise", least=0)
-    blur: float = _setting(0.05, "largest standard deviation of the blur, pixels", least=0)
-    contrast: float = _setting(0.5, "largest deviation of the contrast factor from 1", least=0)
-    brightness: float = _setting(0.1, "largest standard deviation of the brightness shift", least=0)
-    boxes: int = _setting(10, "most boxes to in-paint", least=0)
-    optimizer: str = _setting("adam", "adam, or adamw for a decoupled weight decay")
-    weight_decay: float = _setting(0.0, "weight decay", least=0)
-    lr: float = _setting(1e-4, "learning rate", least=1e-30)
-    schedule: str = _setting("constant", "of the learning rate after the warm-up: constant, or cosine down to 0")
-    warmup: int = _setting(0, "iterations over which the learning rate rises from 0", least=0)
-    schedule_iterations: int = _setting(0, "length of the cosine schedule; 0: the iterations at the start", least=0)
-    clip: float = _setting(1.0, "largest gradient norm", least=1e-30)
-    ema: float = _setting(0.0, "decay of a moving average of the weights, which is then the result; 0: none", least=0)
-    skip_limit: int = _setting(
+    run: str = setting("", "run folder; default runs/<date>-<time>-<preset>", free=True, also=("run_folder",))
+    init: str = setting("", "backbone.safetensors to start from")
+    iterations: int = setting(200_000, "iterations in total", least=1, free=True)
+    batch: int = setting(24, "images an iteration, over all processes", least=1)
+    crop: Ints = setting((384,), "size of the views, one int or one per axis", least=1)
+    pad: bool = setting(False, "zero-pad images smaller than the crop and mask the padding")
+    foreground: float = setting(0.0, "share of the crops that are placed on the foreground", least=0, most=1)
+    channels: Ints = setting((32, 64, 128, 256, 512), "U-Net channels, encoder only or encoder and decoder", least=8)
+    strength: float = setting(1.0, "factor on every range of the spatial transform; 1 is the paper's", least=0)
+    rotation: float = setting(ViewSettings.rotation, "largest rotation about an axis, radians", least=0)
+    shear: float = setting(ViewSettings.shear, "largest shear angle, radians", least=0)
+    scale: float = setting(ViewSettings.scale, "largest deviation of a scale from 1", least=0)
+    translation: float = setting(ViewSettings.translation, "largest shift, fraction of the size", least=0)
+    elastic: float = setting(0.0, "standard deviation of a smooth elastic part, pixels", least=0)
+    elastic_spacing: float = setting(32.0, "distance of its control points, pixels", least=1)
+    probability: float = setting(0.9, "probability of each appearance transform", least=0)
+    noise: float = setting(0.02, "largest standard deviation of the noise", least=0)
+    blur: float = setting(0.05, "largest standard deviation of the blur, pixels", least=0)
+    contrast: float = setting(0.5, "largest deviation of the contrast factor from 1", least=0)
+    brightness: float = setting(0.1, "largest standard deviation of the brightness shift", least=0)
+    boxes: int = setting(10, "most boxes to in-paint", least=0)
+    optimizer: str = setting("adam", "adam, or adamw for a decoupled weight decay")
+    weight_decay: float = setting(0.0, "weight decay", least=0)
+    lr: float = setting(1e-4, "learning rate", least=1e-30)
+    schedule: str = setting("constant", "of the learning rate after the warm-up: constant, or cosine down to 0")
+    warmup: int = setting(0, "iterations over which the learning rate rises from 0", least=0)
+    schedule_iterations: int = setting(0, "length of the cosine schedule; 0: the iterations at the start", least=0)
+    clip: float = setting(1.0, "largest gradient norm", least=1e-30)
+    ema: float = setting(0.0, "decay of a moving average of the weights, which is then the result; 0: none", least=0)
+    skip_limit: int = setting(
         10, "steps among any 100 that may be skipped since loss or gradient are not finite", least=0, free=True
     )
-    seed: int = _setting(0, "key of the weights, the order of the samples and the views", least=0, most=2**64 - 1)
-    device: str = _setting("auto", "auto, cpu, cuda, cuda:1 ...", free=True)
-    threads: int = _setting(0, "CPU threads of torch; 0 leaves the choice to torch", least=0, most=1024)
-    impl: str = _setting("auto", f"implementation of the ops: {', '.join(IMPLEMENTATIONS)}")
-    precision: str = _setting("auto", "of the network: bfloat16, float32 or auto, bfloat16 on a GPU that has it")
-    compile: bool = _setting(True, "compile the step with torch.compile: minutes once, then faster", free=True)
-    cuda_graphs: bool = _setting(False, "replay the compiled step as CUDA graphs: for short steps", free=True)
-    layout: str = _setting("auto", "of feature maps in memory: contiguous, channels_last or auto", free=True)
-    accumulate: int = _setting(1, "parts of a batch that pass one after the other, to save memory", least=1, free=True)
-    recompute: bool = _setting(False, "recompute activations in the backward pass, to save memory", free=True)
-    deterministic: bool = _setting(False, "the same bits on a GPU every time, at some cost", free=True)
-    fsdp: bool = _setting(False, "shard weights and optimiser over the processes (FSDP2) instead of DDP", free=True)
-    timeout: int = _setting(600, "seconds that processes wait for one another", least=1, free=True)
-    crops: int = _setting(1, "views of a sample at each visit, from one reading", least=1)
-    workers: int = _setting(
+    seed: int = setting(0, "key of the weights, the order of the samples and the views", least=0, most=2**64 - 1)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...", free=True)
+    threads: int = setting(0, "CPU threads of torch; 0 leaves the choice to torch", least=0, most=1024)
+    impl: str = setting("auto", f"implementation of the ops: {', '.join(IMPLEMENTATIONS)}")
+    precision: str = setting("auto", "of the network: bfloat16, float32 or auto, bfloat16 on a GPU that has it")
+    compile: bool = setting(True, "compile the step with torch.compile: minutes once, then faster", free=True)
+    cuda_graphs: bool = setting(False, "replay the compiled step as CUDA graphs: for short steps", free=True)
+    layout: str = setting("auto", "of feature maps in memory: contiguous, channels_last or auto", free=True)
+    accumulate: int = setting(1, "parts of a batch that pass one after the other, to save memory", least=1, free=True)
+    recompute: bool = setting(False, "recompute activations in the backward pass, to save memory", free=True)
+    deterministic: bool = setting(False, "the same bits on a GPU every time, at some cost", free=True)
+    fsdp: bool = setting(False, "shard weights and optimiser over the processes (FSDP2) instead of DDP", free=True)
+    timeout: int = setting(600, "seconds that processes wait for one another", least=1, free=True)
+    crops: int = setting(1, "views of a sample at each visit, from one reading", least=1)
+    workers: int = setting(
         -1, "reading processes; -1: the cores but one, at most 8, on a GPU, and 0 on a CPU", least=-1, free=True
     )
-    on_bad_sample: str = _setting("stop", "a sample that cannot be read: stop, or skip to the next one", free=True)
-    checkpoint_every: int = _setting(1000, "iterations between checkpoints", least=1, free=True)
-    keep_checkpoints: int = _setting(3, "newest checkpoints kept", least=1, free=True)
-    keep_every: int = _setting(0, "checkpoints of every so many iterations are kept too; 0: none", least=0, free=True)
-    log_every: int = _setting(10, "iterations between copies of the figures to the host", least=1, free=True)
-    monitor_every: int = _setting(50, "iterations between looks at levels and dispersion", least=1, free=True)
-    report_every: int = _setting(10_000, "iterations between pictures; there are some at the end", least=1, free=True)
-    tensorboard: bool = _setting(True, "write TensorBoard events where tensorboard is installed", free=True)
-    val_every: int = _setting(1000, "iterations between validations", least=1, free=True)
-    val_samples: int = _setting(32, "most samples of the held-out shard that a validation uses", least=1, free=True)
+    on_bad_sample: str = setting("stop", "a sample that cannot be read: stop, or skip to the next one", free=True)
+    checkpoint_every: int = setting(1000, "iterations between checkpoints", least=1, free=True)
+    keep_checkpoints: int = setting(3, "newest checkpoints kept", least=1, free=True)
+    keep_every: int = setting(0, "checkpoints of every so many iterations are kept too; 0: none", least=0, free=True)
+    log_every: int = setting(10, "iterations between copies of the figures to the host", least=1, free=True)
+    monitor_every: int = setting(50, "iterations between looks at levels and dispersion", least=1, free=True)
+    report: bool = setting(True, "make pictures, at the end and every so often", free=True)
+    report_every: int = setting(10_000, "iterations between pictures; there are some at the end", least=1, free=True)
+    tensorboard: bool = setting(True, "write TensorBoard events where tensorboard is installed", free=True)
+    val_every: int = setting(1000, "iterations between validations", least=1, free=True)
+    val_samples: int = setting(32, "most samples of the held-out shard that a validation uses", least=1, free=True)
 
     def views(self) -> ViewSettings:
         """The ranges of the view transforms."""
         return ViewSettings(**{f.name: getattr(self, f.name) for f in fields(ViewSettings)})
 
-    def unet_channels(self) -> Ints:
-        """Channels of all stages; an encoder given alone is mirrored."""
-        levels = len(self.groups)
-        if len(self.channels) == levels:
-            return self.channels + self.channels[-2::-1]
+    @classmethod
+    def fitting(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Values that a preset has where others are `given`."""
+        return {}
+
+    @property
+    def label(self) -> str:
+        """What the folder of a run is called by default, after its date."""
+        return self.preset
+
+    def check(self) -> None:
+        """Raise `InputError` unless the values fit one another."""
+        self.views()
+        for name, choices in self.choices.items():
+            check_choice(name, getattr(self, name), choices)
+        require(self.ema < 1, f"ema must be below 1, got {self.ema}")
+        require(self.compile or not self.cuda_graphs, "cuda_graphs need compile, got --no-compile")
         require(
-            len(self.channels) == 2 * levels - 1,
-            f"channels must be {levels} (encoder) or {2 * levels - 1} ints (encoder and decoder) for the {levels} "
-            f"levels of groups, got {len(self.channels)}",
+            self.accumulate == 1 or not self.cuda_graphs,
+            f"cuda_graphs replay whole batches, got accumulate {self.accumulate}",
         )
-        return self.channels
+        length = self.schedule_iterations or self.iterations
+        require(
+            self.warmup < length, f"warmup must be below the {length} iterations of the schedule, got {self.warmup}"
+        )
+        require(
+            self.schedule != "cosine" or self.iterations <= length,
+            f"iterations must be at most {length}, where the cosine schedule ends at a learning rate of 0, got "
+            f"{self.iterations}; start another run with --init to go on",
+        )
+
+    def pinned(self) -> Self:
+        """With the length of the schedule: a run that goes on for longer later must not have had another one so far."""
+        if self.schedule == "cosine" and not self.schedule_iterations:
+            return replace(self, schedule_iterations=self.iterations)
+        return self
 
 
-_SMALL = {
+#: What a run of minutes on a CPU has other than a long one.
+SMALL: dict[str, Any] = {
     "checkpoint_every": 100,
     "val_every": 50,
     "val_samples": 8,
@@ -120,19 +157,54 @@ _SMALL = {
     "monitor_every": 10,
     "report_every": 100,
 }
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper-2d": {},
-    "paper-3d": {"batch": 2, "crop": (128,), "window": (5,)},
-    "small-2d": {"iterations": 300, "batch": 4, "crop": (128,), "channels": (16, 32, 64, 128, 256), **_SMALL},
-    "small-3d": {
-        "iterations": 100,
-        "batch": 1,
-        "crop": (64,),
-        "channels": (8, 16, 32, 64, 128),
-        "window": (5,),
-        **_SMALL,
-    },
-}
+
+
+@dataclass(frozen=True)
+class Settings(TrainingSettings):
+    """Settings of `coverfast pretrain`."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper-2d": {},
+        "paper-3d": {"batch": 2, "crop": (128,), "window": (5,)},
+        "small-2d": {"iterations": 300, "batch": 4, "crop": (128,), "channels": (16, 32, 64, 128, 256), **SMALL},
+        "small-3d": {
+            "iterations": 100,
+            "batch": 1,
+            "crop": (64,),
+            "channels": (8, 16, 32, 64, 128),
+            "window": (5,),
+            **SMALL,
+        },
+    }
+
+    groups: Ints = setting((4, 4, 4, 1, 1), "groups of each pyramid level, coarse to fine", least=1)
+    head_dim: int = setting(8, "channels of a group", least=1)
+    window: Ints = setting((7,), "odd matching window: one int, one per axis or one per level", least=1)
+
+    def check(self) -> None:
+        """See `TrainingSettings.check`."""
+        super().check()
+        self.unet_channels()
+
+    def unet_channels(self) -> Ints:
+        """Channels of all stages; an encoder given alone is mirrored."""
+        levels = len(self.groups)
+        if len(self.channels) == levels:
+            return mirrored(self.channels)
+        require(
+            len(self.channels) == 2 * levels - 1,
+            f"channels must be {levels} (encoder) or {2 * levels - 1} ints (encoder and decoder) for the {levels} "
+            f"levels of groups, got {len(self.channels)}",
+        )
+        return self.channels
+
+
+def mirrored(encoder: Ints) -> Ints:
+    """Channels of encoder and decoder, given those of the encoder."""
+    return encoder + encoder[-2::-1]
+
+
+S = TypeVar("S", bound=TrainingSettings)
 
 
 def preset_ndim(preset: str) -> int:
@@ -140,60 +212,38 @@ def preset_ndim(preset: str) -> int:
     return int(preset[-2])
 
 
-def preset_settings(preset: str) -> Settings:
-    """The settings of a preset."""
-    require(preset in PRESETS, f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    return replace(Settings(), preset=preset, **PRESETS[preset])
+@overload
+def preset_settings(preset: str) -> Settings: ...
+@overload
+def preset_settings(preset: str, kind: type[S]) -> S: ...
+def preset_settings(preset: str, kind: Any = Settings) -> Any:
+    """The settings of a preset, of pretraining unless another kind is asked for."""
+    check_choice("preset", preset, tuple(kind.presets))
+    return replace(kind(), preset=preset, **kind.presets[preset])
 
 
-#: Settings that are one of a few words.
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "impl": IMPLEMENTATIONS,
-    "split": (*SPLITS, "all"),
-    "on_bad_sample": ON_BAD_SAMPLE,
-    "optimizer": ("adam", "adamw"),
-    "schedule": ("constant", "cosine"),
-    "precision": ("auto", "bfloat16", "float32"),
-    "layout": ("auto", "contiguous", "channels_last"),
-}
-
-
-def resolve(preset: str, *layers: Mapping[str, Any]) -> Settings:
+@overload
+def resolve(preset: str, *layers: Mapping[str, Any]) -> Settings: ...
+@overload
+def resolve(preset: str, *layers: Mapping[str, Any], kind: type[S]) -> S: ...
+def resolve(preset: str, *layers: Mapping[str, Any], kind: Any = Settings) -> Any:
     """A preset with layers over it, the last one winning; every value checked."""
     values: dict[str, Any] = {}
     for layer in layers:
-        values |= check_values(layer)
-    settings = replace(preset_settings(preset), **{k: v for k, v in values.items() if k != "preset"})
+        values |= check_values(layer, kind)
+    settings = replace(preset_settings(preset, kind), **{k: v for k, v in values.items() if k != "preset"})
     return checked(settings)
 
 
-def checked(settings: Settings) -> Settings:
+def checked(settings: S) -> S:
     """The settings themselves, once what one value says of another is known to fit."""
-    settings.views()
-    settings.unet_channels()
-    for name, choices in _CHOICES.items():
-        check_choice(name, getattr(settings, name), choices)
-    require(settings.ema < 1, f"ema must be below 1, got {settings.ema}")
-    require(settings.compile or not settings.cuda_graphs, "cuda_graphs need compile, got --no-compile")
-    require(
-        settings.accumulate == 1 or not settings.cuda_graphs,
-        f"cuda_graphs replay whole batches, got accumulate {settings.accumulate}",
-    )
-    length = settings.schedule_iterations or settings.iterations
-    require(
-        settings.warmup < length, f"warmup must be below the {length} iterations of the schedule, got {settings.warmup}"
-    )
-    require(
-        settings.schedule != "cosine" or settings.iterations <= length,
-        f"iterations must be at most {length}, where the cosine schedule ends at a learning rate of 0, got "
-        f"{settings.iterations}; start another run with --init to go on",
-    )
+    settings.check()
     return settings
 
 
-def check_values(values: Mapping[str, Any]) -> dict[str, Any]:
+def check_values(values: Mapping[str, Any], kind: type[TrainingSettings] = Settings) -> dict[str, Any]:
     """Settings by name, checked for name, type and least value."""
-    table = {f.name: f for f in fields(Settings)}
+    table = {f.name: f for f in fields(kind)}
     checked = {}
     for name, value in values.items():
         if name not in table:
@@ -204,20 +254,30 @@ def check_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_value(setting: Field[Any], value: Any) -> Any:
-    name, kind = setting.name, type(setting.default)
-    if setting.default == ():
+    default: Any = setting.default
+    name, kind = setting.name, type(default)
+    if default == ():
         value = tuple(v for v in ((value,) if isinstance(value, str) else value) if v != "")
         require(
             all(isinstance(v, str) and v.isprintable() for v in value), f"{name} must be printable text, got {value!r}"
         )
         return value
-    if kind is tuple and isinstance(value, (int, list, tuple)) and not isinstance(value, bool):
-        value = (value,) if isinstance(value, int) else tuple(value)
-        numbers, fits = value, bool(value) and all(type(v) is int for v in value)
+    if kind is tuple and isinstance(value, (int, float, list, tuple)) and not isinstance(value, bool):
+        element = type(default[0])
+        value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        if element is float:
+            value = tuple(float(v) if type(v) is int else v for v in value)
+        numbers, fits = value, bool(value) and all(type(v) is element for v in value)
     else:
         value = float(value) if kind is float and type(value) is int else value
         numbers, fits = (value,), type(value) is kind
-    expected = {tuple: "an int or a list of ints", int: "an int", float: "a number", bool: "true or false"}
+    several = "numbers" if kind is tuple and type(default[0]) is float else "ints"
+    expected = {
+        tuple: f"{'a number' if several == 'numbers' else 'an int'} or a list of {several}",
+        int: "an int",
+        float: "a number",
+        bool: "true or false",
+    }
     require(fits, f"{name} must be {expected.get(kind, 'a string')}, got {value!r}")
     least, most = setting.metadata.get("least"), setting.metadata.get("most", sys.float_info.max)
     if least is not None:

@@ -23,7 +23,7 @@ from coverfast.samples import Sample, check_sample
 __all__ = ["Unreadable", "read_source"]
 
 
-def read_source(source: Source, *, volume: int | None = None) -> Sample:
+def read_source(source: Source, *, volume: int | None = None, labels: bool = False) -> Sample:
     """Read a source as one sample, without resampling.
 
     2D: `(1, H, W)`, colour as luma (ITU-R 601), alpha dropped. 3D: `(1, D, H, W)`, NIfTI, NRRD, MetaImage and DICOM
@@ -31,7 +31,8 @@ def read_source(source: Source, *, volume: int | None = None) -> Sample:
     npy and npz as they are, `(H, W)`, `(D, H, W)` or `(C, D, H, W)`. volume: which one, from 0, of the files that
     hold several; others are not concerned. Integers stay as stored, with slope and intercept; floats become
     float32, and are refused where that would lose the image. lo, hi: 0 and 255 for unscaled uint8, 0 and 1 for bool,
-    otherwise the sample's minimum and maximum.
+    otherwise the sample's minimum and maximum. labels: the file is a label map; indices into a palette are taken as
+    they are, JPEG, DICOM and what has several numbers a pixel are refused.
     DICOM see `readers.dicom.read_slices`. `Unreadable` names the file and why it cannot be used.
     `InputError`: a setting, or a machine that fails (too many open files, a disk). `MemoryError`: too little memory.
     """
@@ -41,7 +42,7 @@ def read_source(source: Source, *, volume: int | None = None) -> Sample:
     require(bool(source.kind), f"{path} must be one of {', '.join(KINDS)}, got {path.suffix or 'no suffix'}")
     need(source.kind)
     with _naming(source):
-        image = _decode(source, volume)
+        image = _decode(source, volume, labels)
         pixels = image.pixels
         require(pixels.size > 0, f"it has no pixels, shape {pixels.shape}")
         pixels = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("="))
@@ -60,7 +61,7 @@ def read_source(source: Source, *, volume: int | None = None) -> Sample:
         return sample
 
 
-def _decode(source: Source, volume: int | None) -> Decoded:
+def _decode(source: Source, volume: int | None, labels: bool) -> Decoded:
     path = source.path
     require(path.is_file() or not path.exists(), "it is no regular file")
     # Opened here first: nibabel and ITK turn what the system says into words of their own.
@@ -68,15 +69,16 @@ def _decode(source: Source, volume: int | None) -> Decoded:
         require(file.read(1) != b"", "it is empty")
     match source.kind:
         case "DICOM":
+            require(not labels, "label maps in DICOM are not read; save it as NIfTI or NRRD")
             return read_slices(source.parts or _only(path))
         case "NIfTI":
             return read_nifti(path, volume)
         case "NRRD" | "MetaImage":
-            return read_itk(path, source.kind, volume)
+            return read_itk(path, source.kind, volume, labels)
         case "npy" | "npz":
             return read_array(path)
         case _:
-            return read_image(path)
+            return read_image(path, labels)
 
 
 def _only(path: Path) -> tuple[tuple[str, int], ...]:

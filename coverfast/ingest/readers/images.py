@@ -14,12 +14,15 @@ from coverfast.checks import require
 from coverfast.ingest.readers.decoded import Decoded, as_stored
 
 
-def read_image(path: Path) -> Decoded:
-    """`(1, H, W)`: colour as luma (ITU-R 601), alpha dropped, turned as the orientation tag says."""
-    return as_stored(_pixels(path))
+def read_image(path: Path, labels: bool = False) -> Decoded:
+    """`(1, H, W)`: colour as luma (ITU-R 601), alpha dropped, turned as the orientation tag says.
+
+    labels: the numbers that the file holds, an index into a palette included; colour and JPEG are refused.
+    """
+    return as_stored(_pixels(path, labels))
 
 
-def _pixels(path: Path) -> NDArray[Any]:
+def _pixels(path: Path, labels: bool) -> NDArray[Any]:
     from PIL import Image, ImageOps
 
     with contextlib.ExitStack() as stack:
@@ -41,7 +44,17 @@ def _pixels(path: Path) -> NDArray[Any]:
         )
         require(not white or bits <= 8 or mode == "F", f"it is {bits}-bit with white as 0; save it with black as 0")
         upright = ImageOps.exif_transpose(image)
-        if mode == "F" or mode.startswith("I"):
+        if labels:
+            require(image.format in ("PNG", "TIFF"), "JPEG changes values, and label values with them; save it as PNG")
+            require(
+                channels == 1,
+                f"a label map has one number a pixel, and this is colour ({mode}); save it as grey or with a palette",
+            )
+        if labels and mode in ("1", "L", "P"):
+            # Pillow spreads grey of 2 and 4 bits over 0 to 255.
+            spread = 255 // (2**bits - 1) if mode == "L" and bits < 8 else 1
+            array = np.asarray(upright).astype(np.uint8) // spread
+        elif mode == "F" or mode.startswith("I"):
             array = np.asarray(upright)
             if mode == "I" and bits <= 16:
                 array = array.astype(np.int16 if signed else np.uint16)

@@ -14,8 +14,8 @@ from coverfast.ingest.readers.decoded import Decoded, as_stored, float32, luma, 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
-def read_itk(path: Path, kind: str, volume: int | None) -> Decoded:
-    """`(1, H, W)` as stored or `(1, z, y, x)`, see `to_ras`; RGB in uint8 as luma.
+def read_itk(path: Path, kind: str, volume: int | None, labels: bool = False) -> Decoded:
+    """`(1, H, W)` as stored or `(1, z, y, x)`, see `to_ras`; RGB in uint8 as luma, refused as labels.
 
     A file that states no space counts as LPS, as ITK takes it.
     """
@@ -35,6 +35,7 @@ def read_itk(path: Path, kind: str, volume: int | None) -> Decoded:
     require(ndim in (2, 3, 4), f"it must be 2D, 3D or a row of volumes, got {ndim} axes")
     require(array.dtype.kind in "iuf", f"it must hold real numbers, got {array.dtype}")
     if components > 1:
+        require(not labels, f"a label map has one number a pixel, and this has {components}; save the classes as one")
         colour = components in (3, 4) and array.dtype == np.uint8
         require(colour, f"it must have one value a pixel or RGB of uint8, got {components} of {array.dtype}")
         array = luma(array[..., :3])

@@ -1,0 +1,177 @@
+"""From settings and data to a network with a head, and the task that trains it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from coverfast.backbones import UNet, load_backbone, read_backbone
+from coverfast.checks import InputError, require
+from coverfast.downstream.network import Network
+from coverfast.downstream.settings import FinetuneSettings
+from coverfast.downstream.tasks import Task
+from coverfast.loader import ImageStream, to_device
+from coverfast.philox import permutation
+from coverfast.shard_set import ShardSet
+from coverfast.training.assembly import crop_of
+from coverfast.training.data import batches
+from coverfast.training.restore import restore_method
+
+
+def build_task(s: FinetuneSettings, shards: ShardSet) -> Task:
+    """The task of a run, on the CPU, its weights drawn from the seed; equal heads for equal seeds."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(s.seed)
+        backbone = UNet(shards.ndim, shards.channels, s.unet_channels())
+        torch.manual_seed(s.seed)
+        names, values = classes_of(s.task, shards)
+        crop = crop_of(s, shards.ndim)
+        network = Network(backbone, s.task, names, values, crop=crop, preprocessing=shards.preprocessing)
+    network.train_last(s.train_modules)
+    weights = s.class_weights if any(s.class_weights) else None
+    return Task(network, settings=s.views(), class_weights=weights, pad=s.pad, impl=s.impl)
+
+
+def standardise(task: Task, s: FinetuneSettings, shards: ShardSet) -> None:
+    """Fit the head's standardisation to the features of some training crops, before anything is learned."""
+    device = next(task.parameters()).device
+    batch = min(s.batch, _FITTED)
+    stream = ImageStream(shards, batch=batch, seed=s.seed, regions=task.regions, labels=True)
+    stream.on_bad_sample = s.on_bad_sample
+    loaded = (to_device(stream.load(1 + i), device) for i in range(-(-_FITTED // batch)))
+    with torch.no_grad():
+        seen = (task.prepare(found).images for found in batches(loaded, s.seed, lambda reason: None))
+        task.network.standard.fit(task.network.features(images) for images in seen)
+
+
+def classes_of(task: str, shards: ShardSet) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names of the classes of a task, and what stands for each in a file.
+
+    Raises:
+        InputError: when the shards have no labels for the task, or fewer than two classes.
+    """
+    first = shards.paths[0]
+    if task == "segmentation":
+        table = shards.label_classes
+        require(len(table) > 0, f"data must hold label maps for a segmentation, but {first} has none; {_HOW['maps']}")
+        require(len(table) >= 2, f"label maps must have a class beside the background, but those of {first} have none")
+        return tuple(c.name for c in table), tuple(c.value for c in table)
+    names = shards.target_classes
+    require(
+        len(names) > 0,
+        f"data must hold a class of each image for a classification, but {first} has none; {_HOW['rows']}",
+    )
+    require(len(names) >= 2, f"images must be of at least 2 classes, but those of {first} are all {names[0]!r}")
+    return tuple(names), tuple(range(len(names)))
+
+
+#: Crops that the standardisation is fitted to.
+_FITTED = 16
+_HOW = {
+    "maps": "build it with `shards build IMAGES --labels LABELS`",
+    "rows": "build it with `shards build IMAGES --classes TABLE.csv`",
+}
+
+
+def pretrained(path: str, ndim: int, channels: int) -> tuple[UNet, dict[str, Any]]:
+    """The backbone of a file, a run folder or a checkpoint, and the preprocessing of the images it learned from.
+
+    It is checked to be for images of `ndim` axes and `channels`.
+
+    Raises:
+        InputError: when there is none, it is damaged, or for other images. Nothing in a file is executed.
+    """
+    place = Path(path)
+    if place.is_dir():
+        place = place / "backbone.safetensors"
+        require(place.is_file(), f"init must be a backbone or a finished run, but {place} does not exist")
+    if place.suffix == ".pt":
+        restored = restore_method(place)
+        found, about = restored.method.backbone, restored.preprocessing
+        assert isinstance(found, UNet)
+    else:
+        found, about = load_backbone(place), json.loads(read_backbone(place)[1].get("preprocessing", "{}"))
+    require(
+        found.ndim == ndim,
+        f"init must be a backbone for {ndim}D images like data, but {place} is for {found.ndim}D ones",
+    )
+    require(
+        found.in_channels == channels,
+        f"init must be a backbone for {channels} channel(s) like data, but {place} is for {found.in_channels}",
+    )
+    return found, about
+
+
+def choose_cases(s: FinetuneSettings, shards: ShardSet) -> ShardSet:
+    """The samples of the training cases that a run uses, a patient with all samples; nested for one `case_seed`.
+
+    Raises:
+        InputError: when there are fewer cases than asked for.
+    """
+    groups = [shards.identity(i)[1] for i in range(len(shards))] if s.cases or s.fraction < 1 else []
+    if not groups:
+        return shards
+    numbers: dict[str, int] = {}
+    case_of = np.array([numbers.setdefault(group or f"\0{i}", len(numbers)) for i, group in enumerate(groups)])
+    count = s.cases or max(1, math.ceil(s.fraction * len(numbers) - 1e-9))
+    require(
+        count <= len(numbers), f"cases must be at most {len(numbers)}, the cases in the {s.split} split, got {count}"
+    )
+    chosen = permutation(s.case_seed, 0, len(numbers))[:count].numpy()
+    return shards.subset(np.flatnonzero(np.isin(case_of, chosen)).tolist())
+
+
+def check_classes(s: FinetuneSettings, shards: ShardSet, val: ShardSet | None) -> list[str]:
+    """Refuse to learn what is not there, and held-out data of other classes; sentences on what cannot be judged."""
+    names, values = classes_of(s.task, shards)
+    notes = []
+    if val is not None:
+        other = classes_of(s.task, val)
+        require(
+            other == (names, values),
+            f"val must have the classes of data ({_listed(names)}), but {val.paths[0]} has {_listed(other[0])}",
+        )
+    for split, data in (("train", shards), ("val", val)):
+        if data is None:
+            continue
+        if s.task == "classification":
+            unknown = np.flatnonzero(data.targets < 0)
+            if unknown.size:
+                raise InputError(
+                    f"every image must have a class, but {unknown.size} of {len(data)} have none, "
+                    f"{data.source(int(unknown[0]))} for one"
+                )
+        there = _present(s.task, data, values)
+        missing = [name for name, found in zip(names, there, strict=True) if not found]
+        if missing and split == "train":
+            raise InputError(
+                f"the training cases must hold every class, but {_listed(missing)} is in none of {len(data)} "
+                f"sample(s); use more of them (--cases, --fraction), another --case-seed or other splits"
+            )
+        if missing:
+            notes.append(f"warning: {_listed(missing)} is in none of the {len(data)} held-out sample(s)")
+    return notes
+
+
+def _present(task: str, shards: ShardSet, values: Sequence[int]) -> NDArray[np.bool_]:
+    if task == "classification":
+        return np.bincount(shards.targets, minlength=len(values)) > 0
+    there = np.zeros(len(values), bool)
+    there[0] = True  # the background, which a map may leave out
+    for index in range(len(shards)):
+        if there.all():  # after a few maps, as a rule
+            break
+        there |= np.bincount(shards.labels(index)[0].ravel(), minlength=len(values)) > 0
+    return there
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:5]))
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

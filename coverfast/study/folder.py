@@ -1,0 +1,195 @@
+"""A study's folder: its settings, the tables of settings of its runs, and whether what is given agrees with them."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self, cast
+
+from coverfast.checks import InputError, per_axis, require
+from coverfast.disk import explained, write_atomically
+from coverfast.downstream.settings import FinetuneSettings
+from coverfast.geometry import level_size
+from coverfast.shard_set import ShardSet
+from coverfast.study.settings import MADE, StudySettings
+from coverfast.training.assembly import choose_device
+from coverfast.training.config import as_plain, to_toml
+from coverfast.training.runs import provenance
+from coverfast.training.settings import check_values, resolve
+
+#: Settings of runs that are not the study's own, by the table they stand in.
+Tables = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's folder, its settings, and those of its runs by table. content: SHA-256 of given shards and weights."""
+
+    folder: Path
+    settings: StudySettings
+    tables: Tables
+    content: dict[str, str]
+
+    @property
+    def file(self) -> Path:
+        """Where the settings are kept."""
+        return self.folder / "study.toml"
+
+    @classmethod
+    def open(
+        cls, kind: type[StudySettings], folder: Path, flags: Mapping[str, Any], config: Path | None = None
+    ) -> Self:
+        """A new study, or the one in `folder` if what is given agrees with it.
+
+        flags: settings by name, which win over those of `config`, a TOML file that may hold the tables of the runs'
+        settings too.
+
+        Raises:
+            InputError: for values that are none, and for those that are not the ones of the study in `folder`.
+        """
+        given, tables, _ = _read(config, kind) if config else ({}, {}, {})
+        given |= check_values(_absolute(flags), cast(Any, kind))
+        with explained(folder, "read"):
+            there = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        file = folder / "study.toml"
+        if not there:
+            settings = _resolved(kind, given)
+            tables = {name: tables.get(name, {}) for name in kind.tables}
+            _check_tables(settings, tables)
+            return cls(folder, settings, tables, _content(settings))
+        require(
+            file.is_file(), f"out must be a new or empty folder or one with a study to go on with, but {folder} is none"
+        )
+        stored, old, content = _read(file, kind)
+        settings = cast(Any, kind)(**stored)
+        free = {f.name for f in fields(kind) if f.metadata.get("free")}
+        for name, value in given.items():
+            require(
+                name in free or value == stored.get(name),
+                f"{name} must be {_shown(stored.get(name))} as in {file}, got {_shown(value)}; leave it out to go on, "
+                "or name another folder with --out",
+            )
+        for name, table in tables.items():
+            require(
+                table == old.get(name),
+                f"the table {name} of {config} must be that of {file}; leave --config out to go on, or name another "
+                "folder with --out",
+            )
+        for name, now in _content(settings).items():
+            require(
+                now == content.get(name),
+                f"{name} must be what the study began with (SHA-256 {content.get(name)}), but it is now {now}",
+            )
+        return cls(folder, replace(settings, **{n: v for n, v in given.items() if n in free}), old, content)
+
+    def keep(self) -> bool:
+        """Write the settings, if they are not there yet; whether they were."""
+        if self.file.exists():
+            return True
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.file, to_toml(cast(Any, self.settings), tables={**self.tables, "content": self.content}))
+        return False
+
+    def about(self) -> dict[str, Any]:
+        """What a result depends on, JSON-able: the same wherever the study lies and whenever it was made."""
+        names = ("coverfast", "torch", "numpy", "python", "commit")
+        made = provenance("")
+        places = ("unlabelled", "checkpoint", "device")
+        plain = {n: v for n, v in as_plain(cast(Any, self.settings)).items() if n not in places}
+        return {
+            "settings": plain | {"data": [Path(p).name for p in self.settings.data]},
+            "tables": self.tables,
+            "content": self.content,
+            "software": {name: made[name] for name in names},
+        }
+
+
+def _resolved(kind: type[StudySettings], given: Mapping[str, Any]) -> StudySettings:
+    """The settings with what follows from data, preset and device."""
+    data = given.get("data") or (MADE[0],)
+    ndim = 0 if set(data) & set(MADE) else ShardSet(data, "all").ndim
+    preset = str(given.get("preset", ""))
+    asked = given.get("ndim") or ndim or (int(preset[-2]) if preset in kind.presets else 2)
+    require(asked in (2, 3), f"ndim must be 2 or 3, got {asked}")
+    require(ndim in (0, asked), f"ndim must be {ndim}, that of the data, got {asked}")
+    if not preset:
+        on_gpu = choose_device(str(given.get("device", "auto"))).type == "cuda"
+        preset = f"{'paper' if on_gpu else 'small'}-{asked}d"
+    values = {**kind.presets.get(preset, {}), **given, "data": data, "preset": preset, "ndim": asked}
+    settings = kind(**values)
+    settings.check()
+    return settings
+
+
+def _check_tables(s: StudySettings, tables: Tables) -> None:
+    """Refuse settings of runs that are none, before anything is trained."""
+    own = {"crop": s.crop}
+    found = resolve(s.preset, tables["pretrain"], own, {"iterations": s.pretrain_iterations})
+    level_size(per_axis("crop", s.crop[0] if len(s.crop) == 1 else s.crop, s.ndim), len(found.groups))
+    scratch = own | {"iterations": s.iterations, "scratch": True}
+    for name in tables.keys() - {"pretrain"}:
+        resolve(s.preset, tables[name], scratch, kind=FinetuneSettings)
+
+
+def _content(s: StudySettings) -> dict[str, str]:
+    """SHA-256 of what was given, by the setting that names it."""
+    found = {}
+    for name in ("data", "unlabelled"):
+        if (paths := getattr(s, name)) and not s.made:
+            found[name] = ShardSet(paths, "all").content_hash
+    if checkpoint := getattr(s, "checkpoint", ""):
+        path = Path(checkpoint)
+        path = path / "backbone.safetensors" if path.is_dir() else path
+        require(
+            path.is_file(), f"checkpoint must be a backbone.safetensors or a run that has one, but there is no {path}"
+        )
+        with explained(path, "read"):
+            found["checkpoint"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def _read(path: Path, kind: type[StudySettings]) -> tuple[dict[str, Any], Tables, dict[str, str]]:
+    """Settings of a study, the tables of settings of its runs, and the SHA-256 of what was given, from TOML."""
+    with explained(path, "read"):
+        require(path.is_file(), f"config must be a TOML file, but there is no file {path}")
+        data = path.read_bytes()
+    try:
+        values = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"config must be a TOML file, but {path} is none: {error}") from None
+    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+    content = tables.pop("content", {})
+    for name, table in tables.items():
+        require(
+            name in kind.tables,
+            f"{path} must have settings of this study and the tables {', '.join(kind.tables)}, got [{name}]",
+        )
+        for key in table:
+            # A network from scratch has the channels of the pretrained one.
+            own = key in kind.taken or (key == "channels" and name != "pretrain")
+            require(not own, f"{key} of the table {name} of {path} must be left to the study")
+    own = _absolute({name: value for name, value in values.items() if not isinstance(value, dict)})
+    try:
+        return check_values(own, cast(Any, kind)), tables, content
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _absolute(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole paths, so that a study can go on from another folder."""
+    whole = dict(given)
+    for name in ("data", "unlabelled"):
+        if paths := given.get(name):
+            names = [paths] if isinstance(paths, str) else paths
+            whole[name] = [str(p) if p in MADE else str(Path(p).absolute()) for p in names]
+    if given.get("checkpoint"):
+        whole["checkpoint"] = str(Path(given["checkpoint"]).absolute())
+    return whole
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)

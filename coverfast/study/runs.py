@@ -1,0 +1,218 @@
+"""The runs of a study: each is done once, goes on where it was stopped, and leaves a result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coverfast.checks import InputError, require
+from coverfast.disk import write_atomically
+from coverfast.report.colours import grey
+from coverfast.report.sheet import need_matplotlib
+from coverfast.study.data import Data
+from coverfast.study.folder import Study
+from coverfast.study.progress import Watch
+from coverfast.training.assembly import choose_device
+from coverfast.training.runs import Run
+from coverfast.training.settings import mirrored, resolve
+
+#: Of runs by the dozen the newest checkpoint is enough.
+_FRUGAL = {"keep_checkpoints": 1, "tensorboard": False}
+#: Learning rates of runs that are short, whatever the preset.
+_LR = {"finetune": 1e-3, "probe": 0.1}
+#: How the notes of a run begin that are passed on.
+_TOLD = ("warning", "skipped", "signal")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one network on the test cases.
+
+    cases: their names. groups: their patients, "" for none known. dsc: `(N,)` mean over foreground classes. classes: of
+    each class.
+    """
+
+    cases: list[str]
+    groups: list[str]
+    dsc: NDArray[np.float64]
+    classes: dict[str, NDArray[np.float64]]
+
+    @classmethod
+    def read(cls, path: Path) -> Scores:
+        """Those of a run's result.json."""
+        found = json.loads(path.read_text(encoding="utf-8"))
+        classes = {name: np.asarray(values, np.float64) for name, values in found["classes"].items()}
+        return cls(found["cases"], found["groups"], np.asarray(found["dsc"], np.float64), classes)
+
+
+class Predicted(NamedTuple):
+    """A plane of a test case: image `(H, W, 3)` in [0, 1], true and predicted class indices `(H, W)`."""
+
+    name: str
+    image: NDArray[Any]
+    truth: NDArray[Any]
+    labels: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Trains and evaluates what a study asks for, in folders of its own below that of the study.
+
+    All may raise InputError: for what cannot be trained with the settings or the data, for files that are damaged.
+    """
+
+    study: Study
+    data: Data
+    watch: Watch
+
+    def folder(self, name: str) -> Path:
+        """Where a run lies."""
+        return self.study.folder / "runs" / name
+
+    def result(self, name: str) -> Path:
+        """The scores of a run; there is such a file once it is done."""
+        return self.folder(name) / "result.json"
+
+    def rehearse(self, trainings: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse fine-tunings that could not be made, before hours go into what comes before them."""
+        from coverfast.downstream import plan as library
+
+        for flags in trainings:
+            library.plan({**self._with_labels(flags), "run": str(self.folder("none"))})
+
+    def architecture(self, backbone: str) -> dict[str, Any]:
+        """Settings of a network from scratch that is built like a backbone, "" for that of the pretraining to come."""
+        if backbone:
+            from coverfast.downstream.assembly import pretrained
+
+            shards = self.data.test
+            try:
+                network, _ = pretrained(backbone, shards.ndim, shards.channels)
+            except InputError as error:
+                raise InputError(f"checkpoint does not fit: {error}") from None
+            channels = tuple(network.channels)
+        else:
+            channels = resolve(self.study.settings.preset, self.study.tables["pretrain"]).unet_channels()
+        encoder = channels[: (len(channels) + 1) // 2]
+        require(
+            channels == mirrored(encoder),
+            f"channels of the decoder must mirror those of the encoder, as in a network from scratch, got {channels}",
+        )
+        return {"scratch": True, "channels": encoder}
+
+    # --- training ---
+
+    def pretrain(self, name: str, seed: int) -> Path:
+        """Pretrain, unless that is done; the backbone."""
+        from coverfast.training import plan as library
+
+        s, run = self.study.settings, Run(self.folder(name))
+        if run.backbone.exists():
+            self.watch.passed(name)
+        else:
+            own = {"data": list(map(str, self.data.unlabelled)), "seed": seed, "iterations": s.pretrain_iterations}
+            self._train(library, name, {**self._common(), **self.study.tables["pretrain"], **own})
+            self.watch.end(name)
+        shutil.rmtree(run.checkpoints.folder, ignore_errors=True)
+        return run.backbone
+
+    def finetune(self, name: str, flags: Mapping[str, Any]) -> Scores:
+        """Train with `flags` over the study's settings and evaluate on the test cases, unless that is done."""
+        from coverfast.downstream import plan as library
+
+        run, result = Run(self.folder(name)), self.result(name)
+        if result.exists():
+            self.watch.passed(name)
+        else:
+            if not _trained(run, int(flags["iterations"])):
+                self._train(library, name, self._with_labels(flags))
+            write_atomically(result, json.dumps(self._evaluate(run), indent=1) + "\n")
+            self.watch.end(name)
+        shutil.rmtree(run.checkpoints.folder, ignore_errors=True)
+        return Scores.read(result)
+
+    def _common(self) -> dict[str, Any]:
+        s = self.study.settings
+        return {**_FRUGAL, "preset": s.preset, "crop": s.crop, "device": s.device}
+
+    def _with_labels(self, flags: Mapping[str, Any]) -> dict[str, Any]:
+        kind = "probe" if flags.get("train_modules") == 0 else "finetune"
+        table = {"lr": _LR[kind], "report": False, **self.study.tables[kind]}
+        return {**self._common(), **table, "task": "segmentation", **self.data.flags(), **flags}
+
+    def _train(self, library: ModuleType, name: str, flags: Mapping[str, Any]) -> None:
+        folder = self.folder(name)
+        self.watch.begin(name)
+        if Run(folder).config.is_file():
+            ready = library.resume({"run": str(folder), "device": self.study.settings.device})
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # what a kill left before the run began
+            ready = library.plan({**flags, "run": str(folder)})
+
+        def tell(note: str) -> None:
+            if note.startswith(_TOLD):
+                self.watch.note(f"{name}: {note}")
+
+        for note in ready.notes:
+            tell(note)
+        ready.on_note = tell
+        ready.start(on_step=lambda records: self.watch.step(name, records))
+
+    # --- results ---
+
+    def _evaluate(self, run: Run) -> dict[str, Any]:
+        from coverfast.downstream.evaluation import evaluate
+        from coverfast.downstream.network import load_network
+
+        device = choose_device(self.study.settings.device)
+        found = evaluate(load_network(run.network).to(device), self.data.test, device=device)
+        return {
+            "cases": [case.source for case in found.cases],
+            "groups": [case.group for case in found.cases],
+            "dsc": [case.figures["dsc"] for case in found.cases],
+            "classes": {name: [case.classes[name]["dsc"] for case in found.cases] for name in found.classes},
+        }
+
+    def predict(self, name: str, case: int) -> Predicted:
+        """What the network of a run says of a test case; of a volume the plane across z with most classes."""
+        from coverfast.downstream.evaluation import predict_case
+        from coverfast.downstream.network import load_network
+
+        network = load_network(self.folder(name) / "network.safetensors").to(choose_device(self.study.settings.device))
+        seen = predict_case(network, self.data.test, case)
+        image, truth, labels = seen.image, seen.truth, seen.prediction
+        if truth.ndim == 3:
+            plane = max(range(len(truth)), key=lambda z: (len(np.unique(truth[z])), int((truth[z] > 0).sum())))
+            image, truth, labels = image[:, plane], truth[plane], labels[plane]
+        return Predicted(seen.source, grey(image), truth, labels)
+
+
+def _trained(run: Run, iterations: int) -> bool:
+    """Whether a run was stopped after its last iteration; a fine-tuning keeps its best network long before."""
+    last = run.checkpoints.paths()[-1:]
+    return run.network.exists() and bool(last) and last[0].stem == f"iteration-{iterations:08d}"
+
+
+def write_result(path: Path, result: Mapping[str, Any], text: str) -> None:
+    """A result as `path`.json and, for people, `path`.md."""
+    write_atomically(path.with_suffix(".json"), json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_atomically(path.with_suffix(".md"), text)
+
+
+def write_pictures(folder: Path, draw: Callable[[], Mapping[str, bytes]], note: Callable[[str], None]) -> None:
+    """Pictures by file name; without matplotlib there are none, which `note` is told."""
+    try:
+        need_matplotlib()
+    except InputError as error:
+        note(f"no pictures: {error}")
+        return
+    for name, data in draw().items():
+        write_atomically(folder / name, data)

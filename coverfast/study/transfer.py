@@ -1,0 +1,155 @@
+"""Whether pretraining helps: scratch against pretrained, fine-tuned and linear, by the number of labelled cases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from coverfast.study.data import begun, gather
+from coverfast.study.figures import Arm, Example, Gain, example_picture, transfer_picture
+from coverfast.study.folder import Study
+from coverfast.study.progress import Watch, Work
+from coverfast.study.runs import Runs, Scores, write_pictures, write_result
+from coverfast.study.settings import TransferSettings
+from coverfast.study.statistics import METHOD, crossed_interval
+from coverfast.study.tables import markdown, transfer_rows
+
+INITS, MODES = ("scratch", "pretrained"), ("fine-tuned", "linear")
+_PRETRAINING = "pretraining"
+
+
+class Trial(NamedTuple):
+    """One training of a network with labels."""
+
+    init: str
+    mode: str
+    cases: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.init}-{self.mode}-{self.cases}-cases-seed-{self.seed}"
+
+    def flags(self, study: Study, init: Mapping[str, Any]) -> dict[str, Any]:
+        """Its settings; init: those that say where the weights come from."""
+        s = study.settings
+        assert isinstance(s, TransferSettings)
+        probes = self.mode == "linear"
+        return {
+            **init,
+            "cases": self.cases,
+            "case_seed": self.seed,
+            "seed": self.seed,
+            "train_modules": 0 if probes else -1,
+            "iterations": (s.probe_iterations or 2 * s.iterations) if probes else s.iterations,
+        }
+
+
+def trials(s: TransferSettings) -> list[Trial]:
+    """All of them, in the order they are made in: a whole seed before the next one."""
+    seeds = range(s.seed, s.seed + s.seeds)
+    return [Trial(init, mode, cases, k) for k, cases, mode, init in product(seeds, s.cases, MODES, INITS)]
+
+
+def works(study: Study) -> list[Work]:
+    """What is to be trained."""
+    s = study.settings
+    assert isinstance(s, TransferSettings)
+    first = [] if s.checkpoint else [Work(_PRETRAINING, "pretraining", s.pretrain_iterations)]
+    return first + [Work(t.name, t.mode, t.flags(study, {})["iterations"]) for t in trials(s)]
+
+
+def transfer(study: Study, watch: Watch) -> dict[str, Any]:
+    """Train and evaluate what is not done yet, and write transfer.json, transfer.md and pictures; return the former.
+
+    Raises:
+        InputError: see `Runs`.
+    """
+    s = study.settings
+    assert isinstance(s, TransferSettings)
+    with begun(study):
+        return _transfer(study, s, Runs(study, gather(study, pretrains=not s.checkpoint, tell=watch.note), watch))
+
+
+def _transfer(study: Study, s: TransferSettings, runs: Runs) -> dict[str, Any]:
+    whole = [t for t in trials(s) if (t.init, t.mode) == ("scratch", "fine-tuned")]
+    todo = [t for t in whole if not runs.result(t.name).exists()]
+    runs.rehearse([t.flags(study, runs.architecture(s.checkpoint)) for t in todo])
+    backbone = Path(s.checkpoint) if s.checkpoint else runs.pretrain(_PRETRAINING, s.seed)
+    from_backbone = {"scratch": runs.architecture(str(backbone)), "pretrained": {"init": str(backbone)}}
+    scores = {t: runs.finetune(t.name, t.flags(study, from_backbone[t.init])) for t in trials(s)}
+    arms, gains = compare(scores, s)
+    result = _result(study, scores, arms, gains)
+    headings, rows = transfer_rows(result)
+    write_result(study.folder / "transfer", result, f"{markdown(headings, rows)}\n{METHOD}\n")
+    about = f"{s.made or Path(s.data[0]).name}, {s.preset}, {s.seeds} seed(s), {len(runs.data.test)} test cases"
+
+    def pictures() -> dict[str, bytes]:
+        example = _example(runs, scores, s)
+        middle = f"{_middle(s)} labelled cases, seed {s.seed}"
+        return {
+            "transfer.png": transfer_picture(arms, gains, f"{about}; bars: 95 % bootstrap intervals"),
+            "example.png": example_picture(example, runs.data.classes, f"{about}; {middle}"),
+        }
+
+    write_pictures(study.folder, pictures, runs.watch.note)
+    return result
+
+
+def compare(scores: Mapping[Trial, Scores], s: TransferSettings) -> tuple[list[Arm], list[Gain]]:
+    """Means with their intervals for each way to train, and what pretraining changes."""
+    groups = next(iter(scores.values())).groups
+    seeds = range(s.seed, s.seed + s.seeds)
+    arms, gains = [], []
+    for mode, cases in product(MODES, s.cases):
+        found = {i: np.stack([scores[Trial(i, mode, cases, k)].dsc for k in seeds]) for i in INITS}
+        intervals = {init: crossed_interval(values, groups) for init, values in found.items()}
+        arms += [Arm(init, mode, cases, interval) for init, interval in intervals.items()]
+        gain = crossed_interval(found["pretrained"] - found["scratch"], groups)
+        gains.append(Gain(mode, cases, gain, intervals["scratch"].apart(intervals["pretrained"])))
+    return arms, gains
+
+
+def _result(study: Study, scores: Mapping[Trial, Scores], arms: Sequence[Arm], gains: Sequence[Gain]) -> dict[str, Any]:
+    s = study.settings
+    assert isinstance(s, TransferSettings)
+    seeds = range(s.seed, s.seed + s.seeds)
+
+    def arm(a: Arm) -> dict[str, Any]:
+        mine = [scores[Trial(a.init, a.mode, a.cases, k)] for k in seeds]
+        return {
+            **{"init": a.init, "mode": a.mode, "cases": a.cases, "dsc": a.dsc.plain()},
+            "classes": {name: float(np.mean([m.classes[name] for m in mine])) for name in mine[0].classes},
+            "by_seed": {str(k): float(m.dsc.mean()) for k, m in zip(seeds, mine, strict=True)},
+            "scores": [m.dsc.tolist() for m in mine],
+        }
+
+    return {
+        **study.about(),
+        "interval": METHOD,
+        "test_cases": next(iter(scores.values())).cases,
+        "arms": [arm(a) for a in arms],
+        "differences": [
+            {"mode": g.mode, "cases": g.cases, "dsc": g.dsc.plain(), "intervals_apart": g.apart} for g in gains
+        ],
+    }
+
+
+def _middle(s: TransferSettings) -> int:
+    return sorted(s.cases)[len(s.cases) // 2]
+
+
+def _example(runs: Runs, scores: Mapping[Trial, Scores], s: TransferSettings) -> Example:
+    """The test case that is the median of what four networks of the first seed score, and what they say of it."""
+    four = {(i, m): Trial(i, m, _middle(s), s.seed) for i, m in product(INITS, MODES)}
+    mean = np.mean([scores[t].dsc for t in four.values()], axis=0)
+    case = int(np.argsort(mean, kind="stable")[len(mean) // 2])
+    seen = {arm: runs.predict(t.name, case) for arm, t in four.items()}
+    some = next(iter(seen.values()))
+    predictions = {arm: (seen[arm].labels, float(scores[t].dsc[case])) for arm, t in four.items()}
+    return Example(some.name, some.image, some.truth, predictions)
