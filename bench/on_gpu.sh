@@ -4,7 +4,7 @@
 # they come. Those of `coverfast bench` lie in FOLDER/<device>/ and belong under bench/results/; then `coverfast bench
 # report` makes the pages.
 set -u
-stages=(check all more tune choices-3d choices-2d train compiled)
+stages=(check all more tune choices-3d choices-2d train study compiled)
 out=${1:?"usage: bash bench/on_gpu.sh FOLDER [STAGE ...], stages: ${stages[*]}"}
 shift
 [ $# -gt 0 ] || set -- "${stages[@]}"
@@ -26,7 +26,7 @@ choices=(--against coverfast --against "coverfast contiguous" --against "coverfa
 for stage in "$@"; do
     case $stage in
     check)
-        step python3 -m pytest tests/kernels tests/test_loader.py tests/test_engine.py tests/test_monitor.py -q -p no:cacheprovider > >(tee "$out/tests.txt") 2>&1
+        step python3 -m pytest tests/kernels tests/test_loader.py tests/test_engine.py tests/test_monitor.py tests/test_finetune.py -q -p no:cacheprovider > >(tee "$out/tests.txt") 2>&1
         step coverfast bench agree --save "$device/agree.json"
         step coverfast bench static --target sm_90 --save "$out/compiler/static.json"
         ;;
@@ -68,6 +68,12 @@ build_phantoms('$shards/3d.h5', 3, (160, 160, 128), seed=1, indices=range(4))"
         done
         rm -r "$shards"
         measure data data --workers 8
+        ;;
+    study) # the paper's U-Net on volumes of 96 pixels a side; short runs, which compiling would not pay for
+        printf '[finetune]\ncompile = false\n[probe]\ncompile = false\n' > "$out/study-3d.toml"
+        step coverfast study transfer --out "$out/study-3d" --config "$out/study-3d.toml" --preset paper-3d --images 48 \
+            --test 16 --pretrain-iterations 1500 --iterations 150 --cases 4,8 --seeds 2 --device cuda
+        rm -rf "$out"/study-3d/{data,runs}
         ;;
     compiled)
         late=(--against "coverfast triton" --against "compiled A" --against FlexAttention --repeats 10)

@@ -48,6 +48,7 @@ def evaluate(
     from coverfast.downstream.evaluation import check_fits
     from coverfast.downstream.evaluation import evaluate as measure
     from coverfast.downstream.network import load_network
+    from coverfast.downstream.windows import fitting_memory
     from coverfast.shard_set import ShardSet
     from coverfast.training.assembly import choose_device
 
@@ -55,14 +56,15 @@ def evaluate(
     check_fits(loaded, shards)
     chosen = choose_device(device)
     with counting("cases", len(shards)) as (tell, done):
-        found = measure(
-            *(loaded, shards),
-            device=chosen,
-            overlap=overlap,
-            batch=batch,
-            tolerance=tolerance,
-            progress=lambda cases, _: done(cases),
-        )
+        with fitting_memory(loaded, batch, f"a sample of {shards.paths[0]}"):
+            found = measure(
+                *(loaded, shards),
+                device=chosen,
+                overlap=overlap,
+                batch=batch,
+                tolerance=tolerance,
+                progress=lambda cases, _: done(cases),
+            )
         for note in found.notes:
             tell(f"note: {note}")
     folder = out or Path(f"runs/{datetime.now():%Y%m%d-%H%M%S}-evaluate")
@@ -74,7 +76,7 @@ def evaluate(
     print_table(escape(printable(title)), headings, [[escape(printable(cell)) for cell in row] for row in rows])
     print(folder / "metrics.json")
     try:
-        pictures = _pictures(found, loaded, shards)
+        pictures = _pictures(found, loaded, shards, batch)
     except InputError as error:
         print(f"note: no pictures: {error}")
         return
@@ -87,6 +89,8 @@ def evaluate(
         "surface Dice within": f"{tolerance:g} mm",
         "intervals": found.settings["intervals"],
     }
+    if found.notes:
+        facts["note"] = "; ".join(found.notes)
     if found.task != "segmentation":
         del facts["surface Dice within"]
     print(write_page(folder, title, facts, _table(found), pictures))
@@ -159,7 +163,7 @@ def _write(folder: Path, found: Evaluation, about: dict[str, Any]) -> None:
     write_atomically(folder / "metrics.json", json.dumps(about | found.plain(), indent=1, allow_nan=False) + "\n")
 
 
-def _pictures(found: Evaluation, network: Network, shards: ShardSet) -> list[tuple[str, str, Sheet]]:
+def _pictures(found: Evaluation, network: Network, shards: ShardSet, batch: int) -> list[tuple[str, str, Sheet]]:
     """Of the best, the median and the worst case: name, caption and sheet."""
     from coverfast.downstream.evaluation import predict_case
     from coverfast.report.cases import CaseView, case_sheet, overlay_sheet
@@ -174,7 +178,7 @@ def _pictures(found: Evaluation, network: Network, shards: ShardSet) -> list[tup
         chosen["worst"] = ranked[0]
     pictures = []
     for name, case in chosen.items():
-        seen = predict_case(network, shards, case.index, overlap=found.settings["overlap"])
+        seen = predict_case(network, shards, case.index, overlap=found.settings["overlap"], batch=batch)
         if case.labels:
             note = f"{case.labels[0]}, predicted {case.labels[1]}, probability of the truth {case.score:.2f}"
             sheet = overlay_sheet(CaseView(case.source, seen.image, seen.spacing, note=note), found.names)

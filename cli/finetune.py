@@ -11,6 +11,7 @@ from coverfast.checks import require
 from coverfast.cli.options import with_settings
 from coverfast.cli.training import run_training
 from coverfast.downstream.settings import FinetuneSettings
+from coverfast.training.config import read_toml
 
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue the run in --run DIR exactly")]
@@ -34,10 +35,11 @@ def probe(flags: dict[str, Any], config: Config = None, resume: Resume = False) 
     As `coverfast finetune --train-modules 0`; the small presets have a larger learning rate for it.
     """
     if not resume:
+        given = (read_toml(config, FinetuneSettings)[0] if config else {}) | flags
+        modules = given.get("train_modules", 0)
         require(
-            flags.get("train_modules", 0) == 0,
-            f"train_modules must be 0 for a probe, whose backbone is frozen, got {flags.get('train_modules')}; "
-            "use coverfast finetune",
+            modules == 0 or (modules == -1 and "train_modules" not in flags),
+            f"train_modules must be 0 for a probe, whose backbone is frozen, got {modules}; use coverfast finetune",
         )
         flags = {**flags, "train_modules": 0}
     _run(flags, config, resume, "probe")

@@ -49,10 +49,11 @@ def predict(
     predictions.csv.
     """
     from coverfast.cli.counting import counting
-    from coverfast.cli.visualize import _names
+    from coverfast.cli.images import learned_preprocessing, result_names
     from coverfast.disk import explained
     from coverfast.downstream.network import load_network
     from coverfast.downstream.prediction import predict_source
+    from coverfast.downstream.windows import fitting_memory
     from coverfast.ingest import scan
     from coverfast.training.assembly import choose_device
 
@@ -61,12 +62,11 @@ def predict(
     dense = loaded.task == "segmentation"
     require(dense or not probabilities, "probabilities of a classification are in predictions.csv, without the flag")
     folder = out or Path(f"runs/{datetime.now():%Y%m%d-%H%M%S}-predict")
-    notes: list[str] = []
-    preprocessing = _preprocessing(loaded, notes)
+    preprocessing, notes = learned_preprocessing(loaded.preprocessing)
     drawn = dense and _can_draw(notes)
     files = [
         _files(folder, name, source, probabilities, drawn)
-        for source, name in zip(found.sources, _names(found.sources), strict=True)
+        for source, name in zip(found.sources, result_names(found.sources), strict=True)
     ]
     table = folder / "predictions.csv"
     _check_new([path for f in files for path in f if path] if dense else [table], overwrite)
@@ -84,14 +84,15 @@ def predict(
                 done(before + share)
 
             try:
-                predicted = predict_source(
-                    *(loaded, source, preprocessing),
-                    volume=volume,
-                    probabilities=probabilities,
-                    overlap=overlap,
-                    batch=batch,
-                    progress=part,
-                )
+                with fitting_memory(loaded, batch, source.path):
+                    predicted = predict_source(
+                        *(loaded, source, preprocessing),
+                        volume=volume,
+                        probabilities=probabilities,
+                        overlap=overlap,
+                        batch=batch,
+                        progress=part,
+                    )
                 if dense:
                     tell(_save(loaded, source, predicted, target))
                 else:
@@ -106,17 +107,6 @@ def predict(
         print(f"error: {printable(text)}", file=sys.stderr)
     if refused:
         raise typer.Exit(2)
-
-
-def _preprocessing(network: Network, notes: list[str]) -> dict[str, Any]:
-    """How to make images as those the network learned from; a note where that is not known."""
-    from coverfast.ingest import PRESETS
-
-    preset = network.preprocessing.get("preset")
-    if preset in PRESETS:
-        return network.preprocessing
-    notes.append(f"the network learned from images that no preset made ({preset!r}): these are taken as they are")
-    return {"preset": "raw"}
 
 
 def _can_draw(notes: list[str]) -> bool:
@@ -186,5 +176,5 @@ def _write_table(path: Path, names: Sequence[str], rows: Sequence[Sequence[str]]
     from coverfast.disk import write_atomically
 
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([["name", "class", *names], *rows])
+    csv.writer(text, lineterminator="\n").writerows([["file", "class", *names], *rows])
     write_atomically(path, text.getvalue())

@@ -110,7 +110,7 @@ def preview(
     split: Annotated[str | None, typer.Option(help="Of this split only: train, val or test.")] = None,
 ) -> None:
     """Draw a contact sheet of samples as the network sees them."""
-    from coverfast.contact_sheet import contact_sheet
+    from coverfast.report.contact_sheet import contact_sheet
     from coverfast.shard_set import find_shards
 
     require(out.suffix.lower() == ".png", f"out must be a PNG file, got {out}")

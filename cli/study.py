@@ -54,7 +54,7 @@ def transfer(flags: dict[str, Any], out: Out = None, config: Config = None) -> N
     study, result = _run(TransferSettings, library, works, "transfer", flags, out, config)
     print_table("Transfer", *transfer_rows(result))
     print(METHOD)
-    _point(study, "transfer.json", "transfer.md", "transfer.png", "example.png")
+    _point(study, "transfer.json", "transfer.md", "transfer.png", "convergence.png", "example.png")
 
 
 @app.command()

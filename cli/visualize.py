@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ def visualize(
     Every image passes through the preprocessing of the shard that the network learned from and gets a folder with an
     HTML page; several get a page over them.
     """
+    from coverfast.cli.images import learned_preprocessing, result_names
     from coverfast.ingest import scan
     from coverfast.report import Entry, Pictures, load_metrics, write_index, write_report
     from coverfast.report.sheet import need_matplotlib
@@ -45,15 +45,15 @@ def visualize(
     need_matplotlib()
     found = scan(images)
     restored = restore_method(checkpoint, choose_device(device))
-    preprocessing, notes = _preprocessing(restored)
+    preprocessing, notes = learned_preprocessing(restored.preprocessing)
     metrics = load_metrics(restored.metrics) if restored.metrics else {}
     folder = out or Path(f"runs/{datetime.now():%Y%m%d-%H%M%S}-visualize")
     entries: list[Entry] = []
     refused = list(found.refused)
     with _progress(len(found.sources)) as (tell, step):
-        for note in (*restored.notes, *notes):
+        for note in (*restored.notes, *(f"note: {text}" for text in notes)):
             tell(note)
-        for source, name in zip(found.sources, _names(found.sources), strict=True):
+        for source, name in zip(found.sources, result_names(found.sources), strict=True):
             try:
                 batch = _batch(source, restored, preprocessing, seed, volume)
             except InputError as error:
@@ -79,17 +79,6 @@ def visualize(
         print(f"error: {printable(text)}", file=sys.stderr)
     if refused:
         raise typer.Exit(2)
-
-
-def _preprocessing(restored: Restored) -> tuple[dict[str, Any], list[str]]:
-    """How to make images as those of the shard, and what there is to say about it."""
-    from coverfast.ingest import PRESETS
-
-    preset = restored.preprocessing.get("preset")
-    if preset in PRESETS:
-        return restored.preprocessing, []
-    note = f"note: the network learned from images that no preset made ({preset!r}): these are taken as they are"
-    return {"preset": "raw"}, [note]
 
 
 def _batch(source: Source, restored: Restored, preprocessing: dict[str, Any], seed: int, volume: int | None) -> Batch:
@@ -123,31 +112,6 @@ def _batch(source: Source, restored: Restored, preprocessing: dict[str, Any], se
     image = torch.from_numpy(sample.normalised())[None].to(next(method.parameters()).device)
     corner = torch.zeros(1, ndim, dtype=torch.int64)
     return Batch(image, torch.tensor([size]), corner, torch.zeros(1, dtype=torch.int64), seed, 0)
-
-
-def _names(sources: list[Source]) -> list[str]:
-    """A folder name for each, after its file, or after the folder of a series of files; no two the same."""
-    taken: set[str] = set()
-    names = []
-    for source in sources:
-        series = source.kind == "DICOM" and len(source.files) > 1
-        stem = source.path.absolute().parent.name if series else _stem(source.path.name)
-        stem = re.sub(r"[^\w.-]+", "-", stem).strip(".-") or "image"
-        name, number = stem, 1
-        while name.lower() in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name.lower())
-        names.append(name)
-    return names
-
-
-def _stem(name: str) -> str:
-    """A file's name without the suffix of its kind, `.nii.gz` in one."""
-    from coverfast.ingest.files import KINDS
-
-    suffix = max((k for k in KINDS if name.lower().endswith(k)), key=len, default="")
-    return name[: len(name) - len(suffix)]
 
 
 @contextmanager

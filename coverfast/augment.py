@@ -8,6 +8,7 @@ from torch import Tensor
 from coverfast.appearance import appearance
 from coverfast.checks import InputError, check_map, shape_of
 from coverfast.geometry import Size
+from coverfast.ops.dispatch import choose
 from coverfast.ops.warp import resample
 from coverfast.view_plan import plan_views
 from coverfast.view_settings import ViewSettings
@@ -59,8 +60,14 @@ def augment(
             settings=settings,
             pad=pad,
         )
-        warped = appearance(resample(images.float(), plan.into, impl=impl), plan, settings)
+        images = images.float()
+        if choose("views", impl, images) == "triton":
+            from coverfast.ops.views import fill_augmented
+
+            out = images.new_empty(len(images), images.shape[1], *plan.crop)
+            fill_augmented(out, images, *plan.for_kernels, boxes=settings.boxes, taps=plan.taps)
+        else:
+            out = appearance(resample(images, plan.into, impl=impl), plan, settings)
         if labels is None:
-            return warped, None
-        nearest = resample(labels.unsqueeze(1), plan.into, mode="nearest", impl=impl)
-        return warped, nearest[:, 0]
+            return out, None
+        return out, resample(labels.unsqueeze(1), plan.into, mode="nearest", impl=impl)[:, 0]

@@ -47,6 +47,18 @@ class Plan:
     weights: np.ndarray
     padded: bool
 
+    @property
+    def for_kernels(self) -> tuple[Tensor, Tensor, Tensor, str, int, int]:
+        """What `ops.views` asks for: numbers, params, field, form, seed, iteration."""
+        numbers, into = self.affine.numbers, self.into
+        field, form = (into, "dense") if isinstance(into, Tensor) else (numbers, "crop")
+        return numbers, self.params, field, form, self.seed, self.iteration
+
+    @property
+    def taps(self) -> int:
+        """Weights of the blur in `params`."""
+        return int(self.weights.shape[1])
+
 
 def plan_views(
     images: Tensor,

@@ -126,10 +126,7 @@ def _make_views(images: Tensor, plan: Plan, settings: ViewSettings, impl: str) -
     if chosen == "triton":
         from coverfast.ops.views import fill_pair
 
-        counts = {"boxes": settings.boxes, "taps": plan.weights.shape[1]}
-        into, numbers = plan.into, plan.affine.numbers
-        field, form = (into, "dense") if isinstance(into, Tensor) else (numbers, "crop")
-        fill_pair(pair, images, numbers, plan.params, field, form, plan.seed, plan.iteration, **counts)
+        fill_pair(pair, images, *plan.for_kernels, boxes=settings.boxes, taps=plan.taps)
     else:
         views.x_a.copy_(appearance(_cut(images, plan.cut, plan.crop), plan, settings))
         views.x_b.copy_(resample(images, plan.into, impl=chosen))

@@ -115,6 +115,7 @@ def test_the_shard(tmp_path):
     with Shard(path) as shard:
         assert tuple(shard.label_classes) == tuple(enumerate(CLASSES))
         assert shard.target_classes == ()
+        assert shard.preprocessing == {"preset": "atlas"}  # shards of other seeds are one set with it
         assert sorted(shard.splits.tolist()) == [0, 0, 0, 1, 1]
         sample = shard.read(2)
         assert sample.spacing == pytest.approx((FIELD / 48,) * 2)

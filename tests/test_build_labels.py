@@ -287,12 +287,49 @@ def png_of_bits(path, rows, bits):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
 
 
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+def test_flat_labels_on_another_grid_are_refused(tmp_path, coverfast_shards, suffix):
+    sitk = pytest.importorskip("SimpleITK")
+
+    def write(folder, array, spacing=(0.5, 0.8), origin=(-20.0, 30.0), turned=False, kind=suffix):
+        image = sitk.GetImageFromArray(array)
+        image.SetSpacing(spacing)
+        image.SetOrigin(origin)
+        image.SetDirection((0.0, -1.0, 1.0, 0.0) if turned else (1.0, 0.0, 0.0, 1.0))
+        (tmp_path / folder).mkdir(exist_ok=True)
+        sitk.WriteImage(image, str(tmp_path / folder / f"a{kind}"))
+        return tmp_path / folder / f"a{kind}"
+
+    build = ("build", write("images", noise()), "--out", tmp_path / "s.h5", "--overwrite", "--workers", 0, "--labels")
+    labels = noise(1, top=2)
+    for other, said in (
+        ({"spacing": (1.0, 1.0)}, r"up to 15 mm"),  # 29 columns and 19 rows of so much more
+        ({"spacing": (0.8, 0.5)}, r"up to 10.4 mm"),
+        ({"origin": (-20.0, 30.25)}, r"up to 0.25 mm"),
+        ({"turned": True}, r"the corners are up to"),
+    ):
+        line = coverfast_shards(*build, write("labels", labels, **other), code=2)
+        with pytest.raises(InputError, match=rf"labels on another grid: .*{said}"):
+            raise InputError(line)
+    assert not (tmp_path / "s.h5").exists()
+    # Half a twentieth of a pixel is rounding, another format says the same, and a picture cannot say anything.
+    other = {".nrrd": ".mha", ".mha": ".nrrd"}[suffix]
+    for path in (
+        write("labels", labels, origin=(-20.0, 30.0 + 0.5 / 40)),
+        write("others", labels, kind=other),
+        png(tmp_path / "pictures" / "a.png", labels),
+    ):
+        coverfast_shards(*build, path)
+        with Shard(tmp_path / "s.h5") as shard:
+            np.testing.assert_array_equal(shard.labels(0)[0], labels)
+
+
 def test_what_a_map_holds_is_kept_as_it_is(tmp_path):
     values = noise(3, (6, 8), top=3)
     image = Sample(np.zeros((1, 6, 8), np.uint8), 1, 0, 0, 255, (1.0, 1.0), "a", original=Original((6, 8), np.eye(3)))
 
     def read(name):
-        return read_map(Source(tmp_path / name, name), image)
+        return read_map(Source(tmp_path / name, name), image, Source(tmp_path / "a.png", "a.png"))
 
     palette = Image.fromarray(values, mode="P")
     palette.putpalette([200, 0, 0, 0, 90, 0, 10, 10, 10, 250, 250, 250])
@@ -343,11 +380,12 @@ def test_scaled_integers_are_whole_within_a_thousandth(tmp_path):
     whole.set_data_dtype(np.int16)  # nibabel spreads 0 to 5 over all of int16
     nibabel.save(whole, tmp_path / "spread.nii.gz")
     nifti(tmp_path / "image.nii.gz", image, oblique())
-    read = read_source(Source(tmp_path / "image.nii.gz", "image.nii.gz"))
-    found = read_map(Source(tmp_path / "spread.nii.gz", "spread.nii.gz"), read)
+    source = Source(tmp_path / "image.nii.gz", "image.nii.gz")
+    read = read_source(source)
+    found = read_map(Source(tmp_path / "spread.nii.gz", "spread.nii.gz"), read, source)
     assert sorted(np.unique(found)) == [0, 2, 5]
     with pytest.raises(InputError, match=r"half.nii.gz must be a label map of whole numbers, got 3.5 and others"):
-        read_map(Source(tmp_path / "half.nii.gz", "half.nii.gz"), replace(read))
+        read_map(Source(tmp_path / "half.nii.gz", "half.nii.gz"), replace(read), source)
 
 
 @pytest.mark.parametrize(
@@ -386,10 +424,10 @@ def test_several_channels_and_colour_in_other_kinds_are_refused(tmp_path):
     )
     np.save(tmp_path / "c.npy", np.zeros((2, 3, 4, 5), np.uint8))
     with pytest.raises(InputError, match=r"c.npy must be a label map of 1 channel, got 2"):
-        read_map(Source(tmp_path / "c.npy", "c.npy"), volume)
+        read_map(Source(tmp_path / "c.npy", "c.npy"), volume, Source(tmp_path / "a.npy", "a.npy"))
     sitk.WriteImage(sitk.GetImageFromArray(noise(0, (3, 4, 5, 3)), isVector=True), str(tmp_path / "c.nrrd"))
     with pytest.raises(InputError, match=r"a label map has one number a pixel, and this has 3"):
-        read_map(Source(tmp_path / "c.nrrd", "c.nrrd"), volume)
+        read_map(Source(tmp_path / "c.nrrd", "c.nrrd"), volume, Source(tmp_path / "a.npy", "a.npy"))
 
 
 # ---- by name and by table

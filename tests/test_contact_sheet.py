@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from coverfast.checks import InputError
-from coverfast.contact_sheet import contact_sheet, shorten
 from coverfast.report.class_colours import class_colours, label_overlay
+from coverfast.report.contact_sheet import contact_sheet, shorten
 from coverfast.samples import SPLITS, Sample
 from coverfast.shards import Shard, ShardWriter
 

@@ -22,7 +22,7 @@ from coverfast.downstream.network import network_bytes
 from coverfast.phantom import CLASSES_2D, phantom
 from coverfast.report.cases import ERRORS, CaseView, case_sheet, overlaid, overlay_sheet
 from coverfast.samples import LabelClass, Sample
-from coverfast.shards import ShardWriter
+from coverfast.shards import Shard, ShardWriter
 
 pytest.importorskip("scipy")
 
@@ -120,6 +120,7 @@ def test_a_segmentation(shard):
     assert found.cases[2].classes["lesion"]["dsc"] == 1
     assert math.isnan(found.cases[2].classes["lesion"]["hd95"])
     assert found.one_empty == {"organ": 0, "lesion": 1}
+    assert found.notes == ()
     assert [found.classes[name]["hd95"].cases for name in ("organ", "lesion")] == [5, 3]
     dsc = np.array([scores["dsc"] for scores in expected])
     assert found.figures["dsc"] == bootstrap_mean(dsc.mean(axis=1), groups=groups)
@@ -204,6 +205,49 @@ def test_another_preprocessing_is_told(shard):
     assert "was preprocessed by" in found.notes[0]
 
 
+def test_a_class_that_no_case_has_is_told(tmp_path, phantoms, monkeypatch):
+    truth, found = (np.minimum(part, 1) for part in maps((30, 25), 0))
+    path = write(tmp_path / "t.h5", [labelled(0, truth, found)], label_classes=TABLE)
+    seen = evaluate(Levels(), ShardSet(path, "test"))
+    assert seen.classes["lesion"]["dsc"].value == 1
+    told = "no case has a true pixel of lesion: DSC, IoU and surface Dice are 1 wherever that is not predicted"
+    (note,) = seen.notes
+    assert note.startswith(told)
+    assert seen.plain()["notes"] == [note]
+    # Predicted there, it is still one that no case has.
+    wrong = write(tmp_path / "w.h5", [labelled(1, truth, 2 * found)], label_classes=TABLE)
+    assert evaluate(Levels(), ShardSet(wrong, "test")).notes == (note,)
+    # The command says so, and so does its page.
+    monkeypatch.setattr("coverfast.report.sheet.DPI", 15)
+    names, values = zip(*((c.name, c.value) for c in TABLE), strict=True)
+    network = Network(UNet(2, 1, (8, 8, 8)), "segmentation", names, values, crop=16, preprocessing=PRESET)
+    (tmp_path / "network.safetensors").write_bytes(network_bytes(network, {}))
+    done = run(tmp_path, "--data", path, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert f"note: {told}" in done.output
+    assert told in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_network_stays_where_it_is_unless_asked(shard, monkeypatch):
+    network, asked = Levels(), []
+    monkeypatch.setattr(network, "to", asked.append)
+    evaluate(network, ShardSet(shard[0], "test"))
+    assert asked == []
+    evaluate(network, ShardSet(shard[0], "test"), device="cpu")
+    assert asked == ["cpu"]
+
+
+def test_a_label_map_is_decoded_once(shard, monkeypatch):
+    decoded = []
+
+    def spy(self, *given, original=Shard._label_values):
+        decoded.append(given)
+        return original(self, *given)
+
+    monkeypatch.setattr(Shard, "_label_values", spy)
+    assert len(evaluate(Levels(), ShardSet(shard[0], "test")).cases) == len(decoded) == 5
+
+
 # --- pictures ---
 
 
@@ -252,9 +296,13 @@ def test_an_outline_is_on_the_boundary():
     labels = np.zeros((9, 9), int)
     labels[2:7, 2:7] = 1
     shown = overlaid(np.zeros((9, 9, 3)), labels, np.ones((2, 3)), fill=0.25)[..., 0]
-    assert shown[2, 2] == shown[2, 4] == 0.95
+    assert shown[2, 2] == shown[2, 4] == 1
     assert shown[4, 4] == 0.25
     assert shown[1, 4] == 0
+    fine = np.zeros((1000, 400), int)
+    fine[200:800, 100:300] = 1
+    shown = overlaid(np.zeros((1000, 400, 3)), fine, np.ones((2, 3)), fill=0.25)[500, :, 0]
+    np.testing.assert_array_equal(shown[98:104], [0, 0, 1, 1, 0.25, 0.25])  # 1000 / 400 pixels wide
 
 
 def test_anisotropic_slices_keep_their_shape():
@@ -314,6 +362,30 @@ def test_the_command(phantoms, tmp_path, monkeypatch):
     worst = min(found["cases"], key=lambda case: case["dsc"])
     assert f"{worst['source']}: mean DSC {worst['dsc']:.3f}" in page
     assert 'src="worst.png"' in page
+
+
+def test_too_little_memory_is_a_sentence(phantoms, tmp_path, monkeypatch):
+    def forward(self, windows):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Network, "forward", forward)
+    done = run(phantoms[0], "--data", phantoms[1], "--out", tmp_path / "out", "--batch", 7)
+    assert isinstance(done.exception, InputError)
+    assert str(done.exception) == (
+        f"a sample of {phantoms[1]} does not fit into the memory of cpu, 7 window(s) of 48x48 pixels at a time; use a "
+        "smaller --batch"
+    )
+    # Another fault stays what it is.
+    monkeypatch.setattr(Network, "forward", lambda self, windows: windows @ windows[..., :5])
+    assert type(run(phantoms[0], "--data", phantoms[1], "--out", tmp_path / "out").exception) is RuntimeError
+
+
+def test_pictures_are_made_as_the_figures_were(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setattr("coverfast.report.sheet.DPI", 15)
+    sizes, real = [], Network.forward
+    monkeypatch.setattr(Network, "forward", lambda self, windows: sizes.append(len(windows)) or real(self, windows))
+    assert run(phantoms[0], "--data", phantoms[1], "--out", tmp_path / "out", "--batch", 1).exit_code == 0
+    assert set(sizes) == {1}
 
 
 def test_the_command_without_matplotlib(phantoms, tmp_path, monkeypatch):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from coverfast.backbones.files import backbone_bytes
 from coverfast.downstream import plan as library
 from coverfast.downstream.finetuning import Finetuning
 from coverfast.downstream.network import Standard, load_network, network_about
+from coverfast.downstream.validation import Validation
 from coverfast.phantom import phantom
 from coverfast.shards import Sample, ShardWriter
 
@@ -103,9 +106,8 @@ def test_the_last_modules_learn_and_no_other(
     found.start()
     assert changed(before, stages(found.task.network)) == [*learn, True]
     # The file holds the same network: that of the last iteration where it was best.
-    about, kept = network_about(tmp_path / "run"), load_network(tmp_path / "run")
-    if about["iteration"] == 6:
-        assert changed(stages(kept), stages(found.task.network)) == [False] * 10
+    kept = load_network(tmp_path / "run")
+    assert changed(before, stages(kept)) == [*learn, True]
     assert kept.names == tuple(map(str, ["background", *range(1, 9)]))
     assert kept.preprocessing == {"preset": "phantom"}
 
@@ -189,18 +191,17 @@ def test_more_cases_hold_those_of_fewer_and_patients_stay_whole(tmp_path: Path) 
 
 
 def test_the_best_on_validation_is_kept(shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from coverfast.downstream import finetuning
-    from coverfast.downstream.validation import Validation
-
     scores = iter([0.2, 0.6, float("nan"), 0.6, 0.5, 0.1])
     seen: list[dict[str, torch.Tensor]] = []
 
-    def judged(network: Any, *_: Any, **__: Any) -> Validation:
+    def judged(network: Any, *_: Any, limit: int, **__: Any) -> Validation:
+        if limit == 1:  # for its time
+            return Validation({}, 0.0)
         seen.append({n: t.clone() for n, t in network.state_dict().items()})
         score = next(scores)
         return Validation({"dsc": score}, score)
 
-    monkeypatch.setattr(finetuning.Validation, "of", judged)
+    monkeypatch.setattr(Validation, "of", judged)
     run = ready(shard, tmp_path / "run", val_every=1).start()
     kept = load_network(run.folder).state_dict()
     assert all(torch.equal(kept[n], seen[1][n]) for n in kept)
@@ -217,7 +218,6 @@ def test_a_resumed_run_is_the_undisturbed_one(shard: Path, backbone: Path, tmp_p
         quiet(library.resume({"run": str(parts.folder), "iterations": 6})).start()
     finally:
         backbone.with_suffix(".moved").rename(backbone)
-    assert parts.network.read_bytes()[:8] == whole.network.read_bytes()[:8]
     ours, theirs = (load_network(run.folder).state_dict() for run in (parts, whole))
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
     clock = {"seconds", "data_wait", "iterations_per_s", "images_per_s", "mfu", "peak_memory_gb"}
@@ -294,7 +294,10 @@ def test_refusals(shard: Path, backbone: Path, tmp_path: Path) -> None:
         (["--init", "colour.safetensors"], ("init must be a backbone for 1 channel(s) like data", "is for 3")),
         (["--scratch", "--data", str(bare)], ("data must hold a class of each image", "--classes")),
         (["--scratch", "--data", str(bare), "--task", "segmentation"], ("must hold label maps", "--labels")),
-        (["--scratch", "--data", str(rare)], ("training cases must hold every class, but 'tumour' is in none of 1",)),
+        (
+            ["--scratch", "--data", str(rare)],
+            ("training cases must hold every class, but 'tumour' is in none of 1", "--case-seed"),
+        ),
         (["--scratch", "--val", str(other)], ("val must have the classes of data", "'1', '2'")),
         (["--scratch", "--train-modules", "12"], ("train_modules must be -1 (all) or 0 to 9", "got 12")),
         (["--scratch", "--accumulate", "2"], ("accumulate must be 1 for a segmentation",)),
@@ -312,7 +315,8 @@ def test_refusals(shard: Path, backbone: Path, tmp_path: Path) -> None:
 def test_a_probe_leaves_the_backbone_alone_and_has_its_own_rate(shard: Path, backbone: Path, tmp_path: Path) -> None:
     done = cli("probe", "--data", str(shard), "--init", str(backbone), *FLAGS, "--run", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "(8 x 9" not in done.stdout
+    head = sum(p.numel() for p in load_network(tmp_path / "run").head.parameters())
+    assert f"{head} of " in done.stdout
     before, after = load_backbone(backbone).state_dict(), load_network(tmp_path / "run").backbone.state_dict()
     assert all(torch.equal(before[n], after[n]) for n in before)
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["lr"] == 0.1
@@ -340,3 +344,182 @@ def test_standardisation_of_channels_that_do_not_change() -> None:
     assert torch.equal(out[0, :2], torch.zeros(2, 4, 5))
     assert float(out[0, 2].std(correction=0)) == pytest.approx(1, rel=1e-5)
     assert standard(x[:, :, 0, 0]).shape == (1, 3)
+
+
+# --- what a reviewer broke -------------------------------------------------------------------------------------------
+
+
+def test_classification_needs_no_label_maps(tmp_path: Path) -> None:
+    data = tmp_path / "classes.h5"
+    with ShardWriter(data, ndim=2, preprocessing={}) as writer:
+        for index in range(8):
+            pixels = np.full((1, 40, 40), 100 + 100 * (index % 2), np.uint8)
+            about = {"split": "val" if index > 5 else "train", "target": "bright" if index % 2 else "dark"}
+            writer.add(Sample(pixels, 1.0, 0.0, 0.0, 255.0, (1.0, 1.0), str(index), **about))
+    done = cli("finetune", "--scratch", "--data", str(data), *FLAGS, "--run", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "task classification" in done.stdout
+    assert load_network(tmp_path / "run").names == ("bright", "dark")
+
+
+def test_without_validation_the_last_network_is_kept_also_after_a_resume(shard: Path, tmp_path: Path) -> None:
+    data = labelled(tmp_path / "train.h5", "ttt")
+    run = ready(data, tmp_path / "run", iterations=2).start()
+    first = load_network(run.folder).state_dict()
+    found = quiet(library.resume({"run": str(run.folder), "iterations": 4}))
+    found.start()
+    last, trained = load_network(run.folder).state_dict(), found.task.network.state_dict()
+    assert all(torch.equal(last[n], trained[n]) for n in last)
+    assert not all(torch.equal(last[n], first[n]) for n in last)
+    assert network_about(run.folder)["iteration"] == 4
+
+
+def judge(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
+    """Let validations give these scores."""
+    given_ = iter(scores)
+
+    def judged(*_: Any, limit: int, **__: Any) -> Validation:
+        score = 0.0 if limit == 1 else next(given_)  # one case alone is for its time
+        return Validation({"dsc": score}, score)
+
+    monkeypatch.setattr(Validation, "of", judged)
+
+
+def test_a_network_that_could_not_be_written_is_not_the_mark(
+    shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from coverfast import InputError
+    from coverfast.downstream import finetuning
+
+    write, calls = finetuning.write_atomically, []
+
+    def full_once(path: Path, data: Any) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise InputError(f"{path} cannot be written: no space left on the device")
+        write(path, data)
+
+    monkeypatch.setattr(finetuning, "write_atomically", full_once)
+    judge(monkeypatch, 0.5, 0.8, 0.75)
+    run = ready(shard, tmp_path / "run").start()
+    assert len(calls) == 3
+    assert network_about(run.folder)["score"] == 0.75
+
+
+def test_the_mark_survives_a_resume_unless_the_cases_are_others(
+    shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge(monkeypatch, -0.4, -0.9, -0.3, -0.5, -0.6, -0.9)  # as minus a cross-entropy is
+    run = ready(shard, tmp_path / "run", iterations=4).start()
+    assert network_about(run.folder)["score"] == -0.4
+    quiet(library.resume({"run": str(run.folder), "iterations": 8})).start()
+    assert network_about(run.folder)["score"] == -0.3
+    judge(monkeypatch, -0.7)
+    notes: list[str] = []
+    other = labelled(tmp_path / "other.h5", "vv")
+    found = quiet(library.resume({"run": str(run.folder), "iterations": 10, "val": str(other)}))
+    found.on_note = notes.append
+    found.start()
+    assert network_about(run.folder)["score"] == -0.7
+    assert any("held-out cases are others" in note for note in notes)
+
+
+def test_held_out_cases_are_spread_and_bad_ones_left_out_when_asked(
+    shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from coverfast import InputError
+    from coverfast.downstream import validation
+
+    assert validation.spread(10, 4) == [0, 2, 5, 7]
+    assert validation.spread(3, 8) == [0, 1, 2]
+    found = ready(shard, tmp_path / "run", on_bad_sample="skip")
+    image, about = validation.case_image, {"limit": 8, "device": torch.device("cpu")}
+
+    def broken(shards: Any, index: int) -> torch.Tensor:
+        if index == 0:
+            raise InputError("sample 0 cannot be read")
+        return image(shards, index)
+
+    second = Validation.of(found.task.network, found.val.subset([1]), **about)
+    monkeypatch.setattr(validation, "case_image", broken)
+    seen = Validation.of(found.task.network, found.val, skip=True, **about)
+    assert seen.bad == ["sample 0 cannot be read"]
+    assert seen.score == second.score
+    with pytest.raises(InputError, match="sample 0 cannot be read"):
+        Validation.of(found.task.network, found.val, **about)
+
+
+@pytest.mark.parametrize("task", ["classification"])
+def test_parts_of_a_batch_give_the_gradient_of_the_whole_whatever_the_weights(
+    shard: Path, tmp_path: Path, task: str
+) -> None:
+    found = {}
+    for parts in (1, 2):
+        # Weights whose sum over a batch is far below 1.
+        one = ready(shard, tmp_path / "run", task=task, batch=4, accumulate=parts, class_weights=(0.01, 0.02))
+        one.engine.step(one._batch(1), update=False)
+        found[parts] = {n: p.grad.clone() for n, p in one.task.named_parameters() if p.grad is not None}
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(found[2][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_runs_of_one_kind_are_not_those_of_another(shard: Path, backbone: Path, tmp_path: Path) -> None:
+    run = ready(shard, tmp_path / "run", iterations=2).start()
+    refused(cli("pretrain", "--resume", "--run", str(run.folder)), "run must be a pretraining", "is a fine-tuning")
+    pretrained = str(backbone.parent)
+    refused(cli("finetune", "--resume", "--run", pretrained), "run must be a fine-tuning", "is a pretraining")
+    checkpoint = str(run.checkpoints.paths()[-1])
+    told = "must be a checkpoint of a pretraining, but it is one of a fine-tuning"
+    refused(cli("finetune", "--init", checkpoint, "--data", str(shard), *FLAGS), told)
+
+
+def test_the_backbone_a_run_starts_from_is_on_record(shard: Path, backbone: Path, tmp_path: Path) -> None:
+    init = tmp_path / "backbone.safetensors"
+    init.write_bytes(backbone.read_bytes())
+    run = ready(shard, tmp_path / "run", iterations=2, init=str(init)).start()
+    digest = hashlib.sha256(init.read_bytes()).hexdigest()
+    assert network_about(run.folder)["init_sha256"] == digest
+    assert digest in run.config.read_text()
+    for path in run.checkpoints.paths():  # as if it had been killed before the first one
+        path.unlink()
+    other = UNet(2, 1, load_backbone(init).channels)
+    init.write_bytes(backbone_bytes(other, config={}, preprocessing={}))
+    with pytest.raises(ValueError, match="init_sha256 must be that of the run"):
+        library.resume({"run": str(run.folder), "iterations": 3})
+    with pytest.raises(ValueError, match="channels must be left to the backbone with --init"):
+        ready(shard, tmp_path / "new", init=str(backbone), channels=(8, 8, 8))
+
+
+def test_compiled_processes_learn_the_same(shard: Path, tmp_path: Path) -> None:
+    # The sums of Dice are exchanged inside the compiled graph.
+    one = ready(shard, tmp_path / "one", iterations=2, val_every=100).start()
+    run = Run(tmp_path / "two")
+    command = ["finetune", "--scratch", "--data", str(shard), *FLAGS, "--run-folder", str(run.folder), "--compile"]
+    both = together(2, [*command, "--iterations", "2", "--val-every", "100"], tmp_path / "log")
+    assert [p.wait(300) for p in both] == [0, 0], [p.errors for p in both]
+    for ours, theirs in zip(lines(run), lines(one), strict=True):
+        assert ours["loss_dice"] == pytest.approx(theirs["loss_dice"], rel=1e-4)
+
+
+@pytest.mark.gpu
+def test_augmentation_on_a_gpu_is_that_of_a_cpu(shard: Path, tmp_path: Path) -> None:
+    found = ready(shard, tmp_path / "run", batch=4)
+    batch = found._batch(1)
+    images, labels = found.task.prepare(batch)
+    sent = {"images": batch.images.cuda(), "labels": batch.labels.cuda(), "targets": batch.targets.cuda()}
+    there, classes = found.task.cuda().prepare(replace(batch, **sent))
+    torch.testing.assert_close(there.cpu(), images, atol=2e-5, rtol=0)
+    assert float((classes.cpu() != labels).float().mean()) < 1e-3  # two pixels are as near, to rounding
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [{}, {"train_modules": 0}, {"task": "classification"}])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_on_a_gpu_is_that_on_a_cpu(shard: Path, tmp_path: Path, flags: dict[str, Any], compiled: bool) -> None:
+    runs = {}
+    for device in ("cpu", "cuda"):
+        more = {"device": device, "precision": "float32", "compile": compiled and device == "cuda", **flags}
+        runs[device] = lines(ready(shard, tmp_path / device, **more).start())
+    for ours, theirs in zip(runs["cuda"], runs["cpu"], strict=True):
+        for name in ("loss", "loss_ce", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-2), (name, ours["iteration"])

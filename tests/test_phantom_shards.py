@@ -87,6 +87,13 @@ def test_same_arguments_same_bytes_and_other_numbers_other_subjects(tmp_path):
     assert {split: len(s) for split, s in sets.items()} == {"train": 3, "val": 2, "test": 1}
 
 
+def test_shards_of_two_seeds_are_one_set(tmp_path):
+    for seed in (1, 2):
+        build_phantoms(tmp_path / f"{seed}.h5", 2, 32, seed=seed, indices=range(2))
+    shards = ShardSet(tmp_path, "all")
+    assert [shards.source(i) for i in range(4)] == [f"phantom-{seed}-{i}" for seed in (1, 2) for i in range(2)]
+
+
 def test_refusals(tmp_path):
     out = tmp_path / "s.h5"
     with pytest.raises(InputError, match="ndim must be 2 or 3, got 4"):

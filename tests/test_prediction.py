@@ -165,9 +165,34 @@ def test_on_another_grid(sizes, scale, offset, seed):
     )
     clamped = np.clip(position, 0, np.reshape(old, (-1, *[1] * len(old))) - 1)
     expected = np.stack([ndimage.map_coordinates(p, clamped, order=1) for p in probabilities])
-    beyond = (np.abs(position - clamped) > 0.5 + 1e-6).any(axis=0)
+    along = tuple(range(1, position.ndim))
+    covered = (position.min(axis=along) > -1) & (position.max(axis=along) < old)
+    beyond = (np.abs(position - clamped) > 0.5 + 1e-6) & ~covered.reshape(-1, *[1] * len(old))
+    beyond = beyond.any(axis=0)
     expected[:, beyond] = np.reshape([1, 0, 0], (3, 1))
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, -1, -1)])
+def test_a_size_that_rounds_down_leaves_no_border_without_a_class(tmp_path, signs):
+    """10, 7 and 13 voxels of 0.5 mm become 3, 2 and 4 of 1.5 mm, whose last ends 0.25 mm before the file does."""
+    affine = np.diag([0.5 * s for s in signs] + [1.0])
+    nibabel.save(nibabel.Nifti1Image(np.full((10, 7, 13), 1000, np.int16), affine), tmp_path / "flat.nii.gz")
+    network = Threshold(3, settings=preprocessing("ct", clip=(0.0, 1000.0), spacing=1.5))
+    predicted = predict_source(network, source(tmp_path / "flat.nii.gz"), network.preprocessing, probabilities=True)
+    assert predicted.labels.shape == (13, 7, 10)
+    assert predicted.labels.all()
+    assert np.ptp(predicted.probabilities[1]) == 0
+
+
+def test_an_axis_that_was_cut_stays_background_beyond_its_border():
+    probabilities = np.zeros((2, 3, 4), np.float32)
+    probabilities[1] = 1
+    # Rows: 8 pixels of half a size in 3 whole ones, the last at 3.0 - 0.01 or 3.0; columns: all there.
+    for offset, rows in ((-0.51, 8), (-0.5, 7)):
+        (found,) = on_grid(probabilities, (8, 4), (0.5, 1.0), (offset, 0.0))
+        np.testing.assert_array_equal(found[1].all(axis=1).sum(), rows)
+        np.testing.assert_array_equal(found[1].all(axis=1), found[1].any(axis=1))
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
@@ -421,7 +446,7 @@ def test_the_command_on_classes(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.csv"]
     with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["name", "class", "well", "ill"]
+    assert rows[0] == ["file", "class", "well", "ill"]
     for path, row in zip(images, rows[1:], strict=True):
         found = predict_source(network, source(path), network.preprocessing).probabilities
         assert row[:2] == [str(path), network.names[found.argmax()]]
@@ -429,6 +454,34 @@ def test_the_command_on_classes(tmp_path):
     refused = run(tmp_path / "run", *images, "--out", tmp_path / "new", "--probabilities")
     assert isinstance(refused.exception, InputError)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_too_little_memory_is_a_sentence_and_the_others_are_done(tmp_path, monkeypatch, error):
+    trained(tmp_path / "run")
+    images = [png(tmp_path / f"{name}.png", index=i) for i, name in enumerate("ab")]
+    calls, real = [], Network.forward
+
+    def forward(self, windows):
+        calls.append(len(windows))
+        if len(calls) == 1:
+            raise error
+        return real(self, windows)
+
+    monkeypatch.setattr(Network, "forward", forward)
+    done = run(tmp_path / "run", *images, "--out", tmp_path / "out", "--batch", 3)
+    assert done.exit_code == 2
+    assert done.stderr.splitlines() == [
+        f"error: {images[0]} does not fit into the memory of cpu, 3 window(s) of 16x16 pixels at a time; use a smaller "
+        "--batch"
+    ]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["b-labels.png", "b-overlay.png"]
 
 
 def test_without_matplotlib_there_are_no_overlays(tmp_path, monkeypatch, capsys):

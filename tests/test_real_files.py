@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coverfast.contact_sheet import contact_sheet
 from coverfast.ingest import build_shard, preprocessing
+from coverfast.report.contact_sheet import contact_sheet
 from coverfast.shards import Shard, verify
 
 RADIOGRAPHS = Path(__file__).parents[2] / "shared/data/chestxray"

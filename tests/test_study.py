@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
-from scipy import stats
 from training_runs import Command, cli, refused
 
 from coverfast import InputError
 from coverfast.backbones import UNet
 from coverfast.backbones.files import backbone_bytes
+from coverfast.downstream.evaluation import evaluate
 from coverfast.downstream.finetuning import Finetuning
+from coverfast.downstream.network import load_network
 from coverfast.ingest.phantoms import build_phantoms
+from coverfast.shard_set import ShardSet
+from coverfast.shards import Sample, ShardWriter
 from coverfast.study.data import gather
 from coverfast.study.folder import Study
 from coverfast.study.progress import Moment, Watch, Work
@@ -28,10 +29,10 @@ from coverfast.study.retest import retest
 from coverfast.study.retest import works as retest_works
 from coverfast.study.runs import Scores
 from coverfast.study.settings import RetestSettings, StudySettings, TransferSettings
-from coverfast.study.statistics import Interval, correlation, crossed_interval
 from coverfast.study.tables import markdown, transfer_rows
-from coverfast.study.transfer import Trial, compare, transfer, trials
+from coverfast.study.transfer import Trial, compare, convergence, transfer, trials
 from coverfast.study.transfer import works as transfer_works
+from coverfast.training.checkpoints import Checkpoints
 from coverfast.training.pretrain import Pretraining
 
 TINY = {"images": 3, "validation": 1, "test": 3, "size": 64, "crop": 32, "preset": "small-2d"}
@@ -89,72 +90,7 @@ def pictureless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coverfast.study.transfer.write_pictures", lambda *more: None)
 
 
-# --- statistics ---------------------------------------------------------------------------------------------------
-
-
-def test_interval_of_one_seed_is_the_percentile_bootstrap_of_scipy() -> None:
-    scores = np.random.default_rng(1).beta(5, 2, 24)
-    found = crossed_interval(scores[None])
-    whole = stats.bootstrap((scores,), np.mean, n_resamples=20_000, method="percentile", rng=0).confidence_interval
-    assert found.mean == pytest.approx(scores.mean())
-    assert (found.low, found.high) == pytest.approx((whole.low, whole.high), abs=0.004)
-
-
-def test_interval_over_seeds_and_cases_is_that_of_drawing_both() -> None:
-    rng = np.random.default_rng(2)
-    scores = rng.normal(0.6, 0.05, (4, 1)) + rng.normal(0, 0.1, 16) + rng.normal(0, 0.02, (4, 16))
-    means = []
-    for _ in range(10_000):
-        seeds, cases = rng.integers(0, 4, 4), rng.integers(0, 16, 16)
-        means.append(scores[seeds][:, cases].mean())
-    found, width = crossed_interval(scores), np.ptp(np.quantile(means, (0.025, 0.975)))
-    assert (found.low, found.high) == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=0.04 * width)
-    assert found.high - found.low > 1.2 * np.ptp(crossed_interval(scores.mean(axis=0)[None])[1:])
-
-
-def test_cases_of_one_patient_are_drawn_together() -> None:
-    scores = np.random.default_rng(3).random((2, 12))
-    twice, patients = np.repeat(scores, 2, axis=1), [f"p{i:02d}" for i in range(12) for _ in range(2)]
-    assert crossed_interval(twice, patients)[1:] == pytest.approx(crossed_interval(scores)[1:], abs=0.01)
-    assert np.ptp(crossed_interval(twice)[1:]) < 0.9 * np.ptp(crossed_interval(twice, patients)[1:])
-    assert crossed_interval(scores, [""] * 12) == crossed_interval(scores)
-
-
-@given(arrays(np.float64, (3, 8), elements=st.floats(0, 1)), st.floats(-0.5, 0.5))
-def test_differences_are_paired_in_seed_and_case(scores: np.ndarray, gain: float) -> None:
-    found = crossed_interval((scores + gain) - scores)
-    assert found == pytest.approx((gain, gain, gain), abs=1e-12)
-
-
-def test_intervals_are_apart_only_without_a_value_in_common() -> None:
-    low, high = Interval(0.5, 0.4, 0.6), Interval(0.7, 0.61, 0.8)
-    assert low.apart(high)
-    assert high.apart(low)
-    assert not low.apart(high._replace(low=0.6))
-
-
-@given(arrays(np.float64, (2, 12), elements=st.floats(0, 1).map(lambda v: round(v, 3))))
-def test_correlation_and_p_value_are_those_of_the_t_distribution(runs: np.ndarray) -> None:
-    found = correlation(*runs)
-    if np.ptp(runs, axis=1).min() == 0:
-        assert found[:2] == (None, None)
-        return
-    r = float(np.corrcoef(runs)[0, 1])
-    assert found.r == pytest.approx(r, abs=1e-9)
-    if abs(r) < 0.999999:
-        assert found.p == pytest.approx(2 * stats.t.sf(abs(r) * np.sqrt(10 / (1 - r * r)), 10), rel=1e-6, abs=1e-12)
-
-
-@pytest.mark.parametrize("scores", [np.zeros(3), np.zeros((0, 3)), np.array([[0.5, np.nan]])])
-def test_scores_that_make_no_interval_are_refused(scores: np.ndarray) -> None:
-    with pytest.raises(InputError, match="scores must be"):
-        crossed_interval(scores)
-
-
-def test_scores_that_make_no_correlation_are_refused() -> None:
-    for a, b in ((np.zeros(2), np.zeros(2)), (np.zeros(4), np.zeros(3)), (np.full(4, np.nan), np.zeros(4))):
-        with pytest.raises(InputError, match="at least 3 finite numbers"):
-            correlation(a, b)
+# --- what is to be done, and how far it is ------------------------------------------------------------------------
 
 
 def test_comparison_finds_a_gain_where_there_is_one() -> None:
@@ -167,7 +103,7 @@ def test_comparison_finds_a_gain_where_there_is_one() -> None:
     arms, gains = compare(scores, s)
     assert [(g.mode, g.cases) for g in gains] == [(m, n) for m in ("fine-tuned", "linear") for n in (4, 8)]
     for gain in gains:
-        assert gain.dsc == pytest.approx([0.3 if gain.mode == "linear" else 0.0] * 3)
+        assert gain.dsc[:3] == pytest.approx([0.3 if gain.mode == "linear" else 0.0] * 3)
         assert gain.apart == (gain.mode == "linear")
     assert len(arms) == 8
     rows = {
@@ -183,22 +119,27 @@ def test_markdown_keeps_its_columns() -> None:
     assert markdown(["a", "b"], [["x|y", "1"]]) == "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n"
 
 
-# --- what is to be done, and how far it is ------------------------------------------------------------------------
-
-
-def test_arms_of_a_seed_differ_in_nothing_but_where_the_weights_come_from() -> None:
+def test_every_seed_and_number_of_cases_is_trained_in_all_ways() -> None:
     study = Study.open(TransferSettings, Path("nowhere"), {**TINY, "seeds": 2, "cases": [4, 8], "probe_iterations": 7})
     s = study.settings
     assert isinstance(s, TransferSettings)
     found = {t: t.flags(study, {}) for t in trials(s)}
     assert len(found) == 2 * 2 * 2 * 2 == len({t.name for t in found})
     for t, flags in found.items():
-        other = found[t._replace(init="scratch")]
-        assert flags == other
         assert (flags["cases"], flags["case_seed"], flags["seed"]) == (t.cases, t.seed, t.seed)
         probes = t.mode == "linear"
         assert (flags["train_modules"], flags["iterations"]) == ((0, 7) if probes else (-1, s.iterations))
     assert len(transfer_works(study)) == 17
+
+
+def test_curve_is_of_the_iterations_that_all_seeds_have() -> None:
+    s = settings(TransferSettings, cases=[4, 8], seeds=2)
+    found = {t: {25: 0.1 + t.seed, 50: 0.2 + t.seed} | ({75: 0.3} if t.seed else {}) for t in trials(s)}
+    found[Trial("scratch", "linear", 8, 1)] = {}
+    curves = convergence(found, s)
+    assert len(curves) == 8
+    assert curves["pretrained", "fine-tuned", 4] == {25: [0.1, 1.1], 50: [0.2, 1.2]}
+    assert curves["scratch", "linear", 8] == {}
 
 
 def test_time_left_follows_the_pace_of_each_kind() -> None:
@@ -290,6 +231,17 @@ def test_study_goes_on_with_its_settings_and_no_others(config: Path, tmp_path: P
         Study.open(TransferSettings, tmp_path / "full", {})
 
 
+def test_study_does_not_go_on_as_another_one(tmp_path: Path) -> None:
+    study = Study.open(RetestSettings, tmp_path / "out", TINY)
+    study.keep()
+    assert Study.open(RetestSettings, tmp_path / "out", {}).settings == study.settings
+    for folder, config in ((tmp_path / "out", None), (tmp_path / "new", study.file)):
+        with pytest.raises(
+            InputError, match=r"study.toml must be of a study of the kind transfer, .* the kind retest$"
+        ):
+            Study.open(TransferSettings, folder, {}, config)
+
+
 def test_study_does_not_go_on_with_another_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "backbone.safetensors"
     for seed in (0, 1):
@@ -311,8 +263,6 @@ def test_images_that_are_made_are_all_different(tmp_path: Path) -> None:
     data = gather(study, pretrains=True)
     assert (len(data.test), data.classes[:2]) == (3, ["background", "fat"])
     sets = [data.unlabelled, data.labelled, data.val, list(data.test.paths)]
-    from coverfast.shard_set import ShardSet
-
     pixels = [s.identity(i)[0] for s in (ShardSet(paths, "all") for paths in sets) for i in range(len(s))]
     assert len(pixels) == len(set(pixels)) == 3 + 3 + 1 + 3
     made = {path: path.stat().st_mtime_ns for paths in sets for path in paths}
@@ -351,6 +301,33 @@ def test_test_images_may_not_be_pretrained_on(labelled: Path, tmp_path: Path) ->
         gather(Study.open(TransferSettings, tmp_path / "out", flags), pretrains=True)
 
 
+def grouped(path: Path, seed: int, places: dict[str, str]) -> str:
+    """A shard of labelled noise, an image a group, in the split given."""
+    rng = np.random.default_rng(seed)
+    with ShardWriter(path, ndim=2, preprocessing={}, label_classes={1: "organ"}) as writer:
+        for group, split in places.items():
+            pixels, labels = (rng.integers(0, top, size, np.uint8) for top, size in ((256, (1, 64, 64)), (2, (64, 64))))
+            about = (1.0, 0.0, 0.0, 255.0, (1.0, 1.0), f"{path.stem} {group}", group, split)
+            writer.add(Sample(pixels, *about, labels=labels))
+    return str(path)
+
+
+def test_patients_to_learn_from_and_to_test_on_are_told(tmp_path: Path) -> None:
+    def told(**flags: Any) -> list[str]:
+        notes = list[str]()
+        study = Study.open(TransferSettings, tmp_path / "out", {"crop": 32, "preset": "small-2d", **flags})
+        gather(study, pretrains=True, tell=notes.append)
+        return notes
+
+    most = grouped(tmp_path / "a.h5", 1, {"anna": "train", "bert": "val", "carl": "test"})
+    other = grouped(tmp_path / "b.h5", 2, {"anna": "test", "dora": "val"})
+    for group, warned in (("carl", 1), ("dora", 0)):
+        assert len(told(data=most, unlabelled=grouped(tmp_path / f"{group}.h5", 3, {group: "train"}))) == warned
+    assert told(data=most) == []
+    (note,) = told(data=[most, other])
+    assert note.startswith("warning: 1 group(s) are both learned from and held out, anna for one")
+
+
 def test_checkpoint_for_other_images_is_refused(labelled: Path, tmp_path: Path) -> None:
     path = tmp_path / "backbone.safetensors"
     flags = {"crop": 32, "preset": "small-2d", "data": str(labelled), "checkpoint": str(path), "cases": [2]}
@@ -374,12 +351,16 @@ def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for kind in (Finetuning, Pretraining):
             patch.setattr(kind, "_draw", lambda self, iteration: None)
+        patch.setattr("coverfast.downstream.evaluation.score_case", None)  # distances take long, and nothing shows them
         go(TransferSettings, out, config)
     return out
 
 
 def test_study_leaves_its_table_and_pictures(undisturbed: Path) -> None:
-    result = json.loads((undisturbed / "transfer.json").read_text())
+    result, test = (
+        json.loads((undisturbed / "transfer.json").read_text()),
+        ShardSet(undisturbed / "data/test.h5", "all"),
+    )
     assert [(a["init"], a["mode"]) for a in result["arms"]] == [
         (init, mode) for mode in ("fine-tuned", "linear") for init in ("scratch", "pretrained")
     ]
@@ -387,14 +368,91 @@ def test_study_leaves_its_table_and_pictures(undisturbed: Path) -> None:
         scores = Scores.read(undisturbed / "runs" / trial.name / "result.json")
         assert (arm["init"], arm["mode"], arm["cases"]) == trial[:3]
         assert arm["scores"] == [scores.dsc.tolist()]
-        assert arm["dsc"]["mean"] == pytest.approx(scores.dsc.mean()) == arm["by_seed"]["0"]
+        assert arm["dsc"]["value"] == pytest.approx(scores.dsc.mean()) == arm["by_seed"]["0"]
+        found = evaluate(load_network(undisturbed / "runs" / trial.name / "network.safetensors"), test)
+        assert scores.dsc.tolist() == found.values("dsc").tolist()
+        assert [scores.classes[c].tolist() for c in found.classes] == [
+            [case.classes[c]["dsc"] for case in found.cases] for c in found.classes
+        ]
+        assert (scores.cases, scores.groups) == tuple([getattr(c, n) for c in found.cases] for n in ("source", "group"))
+        seen = map(json.loads, (undisturbed / "runs" / trial.name / "metrics.jsonl").read_text().splitlines())
+        assert arm["validation"] == {str(r["iteration"]): r["val_dsc"] for r in seen if "val_dsc" in r}
+        assert list(arm["validation"]) == ["2", "4"]
         assert np.mean(list(scores.classes.values()), axis=0) == pytest.approx(scores.dsc)
         assert not (undisturbed / "runs" / trial.name / "checkpoints").exists()
     assert "lr = 0.1\n" in (undisturbed / "runs" / "scratch-linear-2-cases-seed-0" / "config.toml").read_text()
     assert result["content"] == {}
     assert str(undisturbed) not in (undisturbed / "transfer.json").read_text()
     assert "| linear | 2 |" in (undisturbed / "transfer.md").read_text()
-    assert all((undisturbed / name).read_bytes()[:4] == b"\x89PNG" for name in ("transfer.png", "example.png"))
+    pictures = ("transfer.png", "convergence.png", "example.png")
+    assert all((undisturbed / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
+
+
+def test_arms_of_a_seed_differ_in_nothing_but_where_the_weights_come_from(undisturbed: Path) -> None:
+    def trained(init: str, mode: str) -> dict[str, Any]:
+        found = tomllib.loads((undisturbed / "runs" / f"{init}-{mode}-2-cases-seed-0" / "config.toml").read_text())
+        return {name: value for name, value in found.items() if not isinstance(value, dict)} | {"run": ""}
+
+    def changed(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
+        return {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
+
+    for mode in ("fine-tuned", "linear"):
+        a, b = trained("scratch", mode), trained("pretrained", mode)
+        assert changed(a, b) == {"init", "scratch", "channels"}
+        assert b["channels"] == [8] * 9
+        assert (a["channels"], a["scratch"], b["init"]) == (
+            [8] * 5,
+            True,
+            str(undisturbed / "runs/pretraining/backbone.safetensors"),
+        )
+    for init in ("scratch", "pretrained"):
+        assert changed(trained(init, "fine-tuned"), trained(init, "linear")) == {"train_modules", "lr"}
+
+
+class Reached(Exception):
+    """Of a test: pretraining would start now."""
+
+
+@pytest.fixture
+def short_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*more: object, **options: object) -> None:
+        raise Reached
+
+    monkeypatch.setattr(Pretraining, "start", start)
+
+
+@pytest.mark.usefixtures("short_of_training")
+@pytest.mark.parametrize("table", ["finetune", "probe"])
+def test_trials_that_cannot_work_are_refused_before_pretraining(config: Path, tmp_path: Path, table: str) -> None:
+    (tmp_path / "c.toml").write_text(config.read_text().replace(f"[{table}]", f"[{table}]\nclass_weights = [1, 2]"))
+    with pytest.raises(InputError, match="class_weights must be one for each of the"):
+        go(TransferSettings, tmp_path / "out", tmp_path / "c.toml")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("short_of_training")
+def test_trials_are_rehearsed_once_and_cheaply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coverfast.downstream import plan as library
+
+    plan, seen = library.plan, list[dict[str, Any]]()
+
+    def planned(flags: dict[str, Any], **more: Any) -> Finetuning:
+        seen.append(flags)
+        return plan(flags, **more)
+
+    monkeypatch.setattr(library, "plan", planned)
+    monkeypatch.setattr(library, "standardise", None)  # passes images
+    flags = {**TINY, "cases": [2, 3], "seeds": 2, "iterations": 40}
+    with pytest.raises(Reached):
+        go(TransferSettings, tmp_path / "out", **flags)
+    found = [(f["train_modules"], f["cases"], f["case_seed"]) for f in seen]
+    assert sorted(found) == [(m, n, k) for m in (-1, 0) for n in (2, 3) for k in (0, 1)]
+    assert {(f["iterations"], f["val_every"]) for f in seen} == {(40, 10), (80, 20)}
+    seen.clear()
+    (tmp_path / "out" / "runs").mkdir()
+    with pytest.raises(Reached):
+        go(TransferSettings, tmp_path / "out")
+    assert seen == []
 
 
 @pytest.mark.parametrize(
@@ -432,6 +490,34 @@ Checkpoints.save = save_and_die
     assert (out / "transfer.json").read_bytes() == (undisturbed / "transfer.json").read_bytes()
     resumed = "[resumed]" in (out / "runs" / name / "config.toml").read_text()
     assert resumed == (iteration < 4)  # trained to the end: evaluated, not trained again
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"), [("pretraining", True), ("pretrained-fine-tuned", True), ("pretrained-fine-tuned", False)]
+)
+@pytest.mark.usefixtures("pictureless")
+def test_study_that_was_moved_goes_on(
+    undisturbed: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, saved: bool
+) -> None:
+    before, after, save = tmp_path / "before", tmp_path / "after", Checkpoints.save
+    if name != "pretraining":
+        for run in ("pretraining", "scratch-fine-tuned-2-cases-seed-0"):
+            shutil.copytree(undisturbed / "runs" / run, before / "runs" / run)
+        shutil.copytree(undisturbed / "data", before / "data")
+        shutil.copy(undisturbed / "study.toml", before)
+
+    def die(self: Checkpoints, *more: Any, **options: Any) -> None:
+        if saved:
+            save(self, *more, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", die)
+        with pytest.raises(KeyboardInterrupt):
+            go(TransferSettings, before, config)
+    before.rename(after)
+    go(TransferSettings, after)
+    assert (after / "transfer.json").read_bytes() == (undisturbed / "transfer.json").read_bytes()
 
 
 @pytest.mark.usefixtures("pictureless")

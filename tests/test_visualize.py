@@ -14,8 +14,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from coverfast import Cover, InputError, UNet, VectorPyramid
+from coverfast.cli.images import result_names
 from coverfast.cli.main import app
-from coverfast.cli.visualize import _names, visualize
+from coverfast.cli.visualize import visualize
 from coverfast.ingest import Source, preprocess, preprocessing, read_source
 from coverfast.loader import to_unit_range
 from coverfast.phantom import phantom
@@ -133,7 +134,7 @@ def test_images_of_a_network_without_preset_are_taken_as_they_are(restored, monk
     seen = spied(monkeypatch, found)
     visualize("run", [png(tmp_path / "a.png")], out=tmp_path / "out")
     assert seen[0].images.shape == (1, 1, 60, 70)
-    assert "no preset made ('phantom')" in capsys.readouterr().out
+    assert "note: the network learned from images that no preset made ('phantom')" in capsys.readouterr().out
 
 
 def test_a_volume_by_its_own_preset(restored, tmp_path, capsys):
@@ -193,7 +194,7 @@ def test_every_image_has_a_folder_of_its_own(tmp_path):
     sources = [Source(tmp_path / p, p) for p in paths]
     slices = tuple((str(tmp_path / f"ct/IM{i}"), 0) for i in (1, 2))
     sources[-1] = Source(tmp_path / "ct/IM1", "dicom/1", parts=slices)
-    names = _names(sources)
+    names = result_names(sources)
     assert names == ["scan", "SCAN-2", "scan-3", "scan-2-2", "odd-name-1", "image", "ct"]
     assert len({name.lower() for name in names}) == len(paths)
 

@@ -72,7 +72,7 @@ def described(path: str | Path) -> Iterator[None]:
     """Say of a file that its metadata are at fault when what is built from them fails."""
     try:
         yield
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, MemoryError) as error:
         raise InputError(f"{path} must describe its network, but its metadata do not: {error}") from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -13,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from coverfast.backbones import UNet, load_backbone, read_backbone
+from coverfast.backbones.files import described
 from coverfast.checks import InputError, require
 from coverfast.downstream.network import Network
 from coverfast.downstream.settings import FinetuneSettings
 from coverfast.downstream.tasks import Task
+from coverfast.downstream.validation import spread
 from coverfast.loader import ImageStream, to_device
 from coverfast.philox import permutation
 from coverfast.shard_set import ShardSet
@@ -43,7 +46,7 @@ def standardise(task: Task, s: FinetuneSettings, shards: ShardSet) -> None:
     """Fit the head's standardisation to the features of some training crops, before anything is learned."""
     device = next(task.parameters()).device
     batch = min(s.batch, _FITTED)
-    stream = ImageStream(shards, batch=batch, seed=s.seed, regions=task.regions, labels=True)
+    stream = ImageStream(shards, batch=batch, seed=s.seed, regions=task.regions, labels=task.segments)
     stream.on_bad_sample = s.on_bad_sample
     loaded = (to_device(stream.load(1 + i), device) for i in range(-(-_FITTED // batch)))
     with torch.no_grad():
@@ -51,8 +54,8 @@ def standardise(task: Task, s: FinetuneSettings, shards: ShardSet) -> None:
         task.network.standard.fit(task.network.features(images) for images in seen)
 
 
-def classes_of(task: str, shards: ShardSet) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names of the classes of a task, and what stands for each in a file.
+def classes_of(task: str, shards: ShardSet, name: str = "data") -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names of the classes of a task, and what stands for each in a file. name: of the setting, for messages.
 
     Raises:
         InputError: when the shards have no labels for the task, or fewer than two classes.
@@ -60,13 +63,13 @@ def classes_of(task: str, shards: ShardSet) -> tuple[tuple[str, ...], tuple[int,
     first = shards.paths[0]
     if task == "segmentation":
         table = shards.label_classes
-        require(len(table) > 0, f"data must hold label maps for a segmentation, but {first} has none; {_HOW['maps']}")
+        require(len(table) > 0, f"{name} must hold label maps for a segmentation, but {first} has none; {_HOW['maps']}")
         require(len(table) >= 2, f"label maps must have a class beside the background, but those of {first} have none")
         return tuple(c.name for c in table), tuple(c.value for c in table)
     names = shards.target_classes
     require(
         len(names) > 0,
-        f"data must hold a class of each image for a classification, but {first} has none; {_HOW['rows']}",
+        f"{name} must hold a class of each image for a classification, but {first} has none; {_HOW['rows']}",
     )
     require(len(names) >= 2, f"images must be of at least 2 classes, but those of {first} are all {names[0]!r}")
     return tuple(names), tuple(range(len(names)))
@@ -80,8 +83,8 @@ _HOW = {
 }
 
 
-def pretrained(path: str, ndim: int, channels: int) -> tuple[UNet, dict[str, Any]]:
-    """The backbone of a file, a run folder or a checkpoint, and the preprocessing of the images it learned from.
+def pretrained(path: str, ndim: int, channels: int) -> tuple[UNet, dict[str, Any], str]:
+    """The backbone of a file, a run folder or a checkpoint, the preprocessing of its images, and the file's SHA-256.
 
     It is checked to be for images of `ndim` axes and `channels`.
 
@@ -93,11 +96,13 @@ def pretrained(path: str, ndim: int, channels: int) -> tuple[UNet, dict[str, Any
         place = place / "backbone.safetensors"
         require(place.is_file(), f"init must be a backbone or a finished run, but {place} does not exist")
     if place.suffix == ".pt":
-        restored = restore_method(place)
+        restored = restore_method(place)  # checks its kind
         found, about = restored.method.backbone, restored.preprocessing
         assert isinstance(found, UNet)
     else:
-        found, about = load_backbone(place), json.loads(read_backbone(place)[1].get("preprocessing", "{}"))
+        found = load_backbone(place)
+        with described(place):
+            about = json.loads(read_backbone(place)[1]["preprocessing"])
     require(
         found.ndim == ndim,
         f"init must be a backbone for {ndim}D images like data, but {place} is for {found.ndim}D ones",
@@ -106,7 +111,7 @@ def pretrained(path: str, ndim: int, channels: int) -> tuple[UNet, dict[str, Any
         found.in_channels == channels,
         f"init must be a backbone for {channels} channel(s) like data, but {place} is for {found.in_channels}",
     )
-    return found, about
+    return found, about, hashlib.sha256(place.read_bytes()).hexdigest()
 
 
 def choose_cases(s: FinetuneSettings, shards: ShardSet) -> ShardSet:
@@ -128,17 +133,19 @@ def choose_cases(s: FinetuneSettings, shards: ShardSet) -> ShardSet:
     return shards.subset(np.flatnonzero(np.isin(case_of, chosen)).tolist())
 
 
-def check_classes(s: FinetuneSettings, shards: ShardSet, val: ShardSet | None) -> list[str]:
-    """Refuse to learn what is not there, and held-out data of other classes; sentences on what cannot be judged."""
+def check_classes(s: FinetuneSettings, shards: ShardSet, val: ShardSet | None, *, look: bool) -> None:
+    """Refuse held-out data of other classes and, when asked to `look`, to learn or to judge what is not there."""
     names, values = classes_of(s.task, shards)
-    notes = []
     if val is not None:
-        other = classes_of(s.task, val)
+        other = classes_of(s.task, val, "val")
         require(
             other == (names, values),
             f"val must have the classes of data ({_listed(names)}), but {val.paths[0]} has {_listed(other[0])}",
         )
-    for split, data in (("train", shards), ("val", val)):
+    if not look:
+        return
+    seen = val and val.subset(spread(len(val), s.val_samples))
+    for which, data in (("training", shards), ("held-out", seen)):
         if data is None:
             continue
         if s.task == "classification":
@@ -148,27 +155,30 @@ def check_classes(s: FinetuneSettings, shards: ShardSet, val: ShardSet | None) -
                     f"every image must have a class, but {unknown.size} of {len(data)} have none, "
                     f"{data.source(int(unknown[0]))} for one"
                 )
-        there = _present(s.task, data, values)
+        there = _present(s, data, len(values))
         missing = [name for name, found in zip(names, there, strict=True) if not found]
-        if missing and split == "train":
-            raise InputError(
-                f"the training cases must hold every class, but {_listed(missing)} is in none of {len(data)} "
-                f"sample(s); use more of them (--cases, --fraction), another --case-seed or other splits"
-            )
-        if missing:
-            notes.append(f"warning: {_listed(missing)} is in none of the {len(data)} held-out sample(s)")
-    return notes
+        more = "--cases, --fraction, --case-seed" if which == "training" else "--val, --val-samples"
+        require(
+            not missing,
+            f"the {which} cases must hold every class, but {_listed(missing)} is in none of {len(data)} sample(s); use "
+            f"others or more of them ({more}), or other splits",
+        )
 
 
-def _present(task: str, shards: ShardSet, values: Sequence[int]) -> NDArray[np.bool_]:
-    if task == "classification":
-        return np.bincount(shards.targets, minlength=len(values)) > 0
-    there = np.zeros(len(values), bool)
+def _present(s: FinetuneSettings, shards: ShardSet, count: int) -> NDArray[np.bool_]:
+    """Which classes there are."""
+    if s.task == "classification":
+        return np.bincount(shards.targets, minlength=count) > 0
+    there = np.zeros(count, bool)
     there[0] = True  # the background, which a map may leave out
     for index in range(len(shards)):
         if there.all():  # after a few maps, as a rule
             break
-        there |= np.bincount(shards.labels(index)[0].ravel(), minlength=len(values)) > 0
+        try:
+            there |= np.bincount(shards.labels(index)[0].ravel(), minlength=count) > 0
+        except InputError:
+            if s.on_bad_sample == "stop":
+                raise
     return there
 
 

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from coverfast.checks import require
+from coverfast.checks import InputError, require
+from coverfast.class_tables import ClassIndices
 from coverfast.downstream.bootstrap import LEVEL, RESAMPLES, Interval, bootstrap_mean, bootstrap_statistic
 from coverfast.downstream.metrics import SEGMENTATION_METRICS, auc, auc_one_vs_rest, score_case
 from coverfast.downstream.windows import predict_windows
+from coverfast.samples import Sample
 from coverfast.shard_set import ShardSet
 
 if TYPE_CHECKING:
@@ -104,7 +106,7 @@ def evaluate(
     network: Network,
     shards: ShardSet,
     *,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     overlap: float = 0.5,
     batch: int = 4,
     tolerance: float = TOLERANCE,
@@ -115,24 +117,26 @@ def evaluate(
 
     Segmentation: `SEGMENTATION_METRICS` of every foreground class of every case; the figure of a case is the mean over
     its classes, HD95 over those where it is finite; spacing is the sample's. Classification: accuracy and AUC; samples
-    without a target are left out. Intervals: `bootstrap_mean`, cases of one patient drawn together. overlap, batch: see
-    `predict_windows`. tolerance: of the surface Dice, mm. progress: called with (cases done, a part of one included,
-    cases).
+    without a target are left out. Intervals: `bootstrap_mean`, cases of one patient drawn together. device: where to
+    move the network, which stays there; None leaves it where it is. overlap, batch: see `predict_windows`. tolerance:
+    of the surface Dice, mm. progress: called with (cases done, a part of one included, cases).
 
     `InputError`: `check_fits`; scipy is not installed; a sample that cannot be read.
     """
     notes = check_fits(network, shards)
     require(tolerance >= 0, f"tolerance must be at least 0 mm, got {tolerance!r}")
-    network.to(device)
+    if device is not None:
+        network.to(device)
     dense = network.task == "segmentation"
     wanted = range(len(shards)) if dense else np.flatnonzero(shards.targets >= 0).tolist()
     if len(wanted) < len(shards):
         notes.append(f"{len(shards) - len(wanted)} of {len(shards)} samples have no class and are left out")
-    cases = []
+    cases, occurs = [], np.zeros(len(network.names), bool)
     for done, index in enumerate(wanted):
         part = None if progress is None else lambda share, at=done: progress(at + share, len(wanted))
         seen = predict_case(network, shards, index, overlap=overlap, batch=batch, progress=part)
         cases.append(_segmented(network, seen, tolerance) if dense else _classified(network, seen))
+        occurs[np.unique(seen.truth)] = True
     groups = [case.group for case in cases]
     intervals = f"{LEVEL:.0%} percentile bootstrap over cases, {RESAMPLES} draws, patients drawn whole, seed {seed}"
     settings = {"overlap": overlap, "crop": list(network.crop), "intervals": intervals}
@@ -141,6 +145,11 @@ def evaluate(
         figures, classes = _over_cases(cases, groups, seed)
         one_empty = {name: sum(math.isinf(case.classes[name]["hd95"]) for case in cases) for name in classes}
         definitions = SEGMENTATION_METRICS
+        if absent := [name for name, there in zip(network.names[1:], occurs[1:], strict=True) if not there]:
+            notes.append(
+                f"no case has a true pixel of {_some(absent)}: DSC, IoU and surface Dice are 1 wherever that is not "
+                "predicted, and lift the mean"
+            )
     else:
         figures, classes = _over_targets(network.names, cases, groups, seed)
         one_empty, definitions = {}, CLASSIFICATION_METRICS
@@ -177,16 +186,29 @@ def predict_case(
     progress: Callable[[float], None] | None = None,
 ) -> Seen:
     """Sample `index` of a set that fits the network, its truth and its prediction; see `predict_windows`."""
+    dense = network.task == "segmentation"
+    if dense:
+        shards.need_labels()
     sample = shards.read(index)
     image = sample.normalised()
     found = predict_windows(network, torch.from_numpy(image), overlap=overlap, batch=batch, progress=progress)
-    if network.task == "segmentation":
-        truth: Any = shards.labels(index)[0]
+    if dense:
+        truth: Any = _class_indices(shards, index, sample)
         prediction: Any = found.argmax(0).to(torch.uint8).numpy()
         probabilities = np.empty(0, np.float32)
     else:
         truth, prediction, probabilities = int(shards.targets[index]), int(found.argmax()), found.numpy()
     return Seen(index, sample.source, sample.group, image, truth, prediction, probabilities, sample.spacing)
+
+
+def _class_indices(shards: ShardSet, index: int, sample: Sample) -> NDArray[np.uint8]:
+    """Those of sample `index`, which `sample` is: its label map is decoded already."""
+    assert sample.labels is not None
+    try:
+        return ClassIndices(shards.label_classes)(sample.labels)
+    except InputError as error:
+        path, number = shards.place(index)
+        raise InputError(f"{path}: label map of sample {number} ({sample.source}): {error}") from error
 
 
 def check_fits(network: Network, shards: ShardSet) -> list[str]:
@@ -224,7 +246,10 @@ def check_fits(network: Network, shards: ShardSet) -> list[str]:
 
 
 def _listed(classes: Sequence[Any]) -> str:
-    texts = [f"{value} {name}" for value, name in classes]
+    return _some([f"{value} {name}" for value, name in classes])
+
+
+def _some(texts: Sequence[str]) -> str:
     return ", ".join(texts[:12]) + (f" and {len(texts) - 12} more" if len(texts) > 12 else "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,11 @@ from coverfast.downstream.settings import FinetuneSettings
 from coverfast.downstream.tasks import Task
 from coverfast.downstream.validation import Validation
 from coverfast.training.config import as_plain
+from coverfast.training.estimate import duration
+from coverfast.training.rehearsal import Rehearsal
 from coverfast.training.runs import Run
 from coverfast.training.telemetry import Record
 from coverfast.training.trainer import Training
-
-#: The figure of a validation that decides which network is kept.
-SCORES = {"segmentation": "dsc", "classification": "auc"}
 
 
 @dataclass
@@ -34,8 +34,12 @@ class Finetuning(Training):
 
     settings: FinetuneSettings
     best: float | None = None
+    init_sha256: str = ""
 
-    labelled = True
+    @property
+    def labelled(self) -> bool:  # type: ignore[override]
+        """Whether batches carry label maps."""
+        return self.settings.task == "segmentation"
 
     @property
     def task(self) -> Task:
@@ -52,9 +56,9 @@ class Finetuning(Training):
             (run.report / "index.html", "curves and predictions, to look at"),
         ]
 
-    def finished(self, run: Run) -> bool:
-        """See `Training`: without validation the network comes last, with it the report does."""
-        return run.network.exists()
+    def facts(self) -> dict[str, str]:
+        """See `Training`."""
+        return {"init_sha256": self.init_sha256} if self.init_sha256 else {}
 
     def _blank(self) -> Task:
         return build_task(self.settings, self.shards)
@@ -73,10 +77,25 @@ class Finetuning(Training):
 
     # --- validation ---
 
+    def _rehearse(self) -> Rehearsal:
+        """See `Training`; a case is validated too, for its time."""
+        found, s = super()._rehearse(), self.settings
+        if self.val and not self.engine.sharded:
+            begun = time.perf_counter()
+            Validation.of(_network(self.engine.result), self.val, limit=1, device=self.engine.device)
+            count, each = self._held_out()["samples"], time.perf_counter() - begun
+            seconds = each * math.ceil(count / self.world.size)
+            times = (s.iterations - self.first) // s.val_every + 1
+            self._note(
+                f"a validation of {count} case(s) takes about {duration(seconds)}, every {s.val_every} iterations; "
+                f"{times:,} of them about {duration(times * seconds)}"
+            )
+        return found
+
     def _validate(self, iteration: int) -> Record:
         e, s, world = self.engine, self.settings, self.world
         assert self.val is not None
-        about: dict[str, Any] = {"limit": s.val_samples, "device": e.device}
+        about: dict[str, Any] = {"limit": s.val_samples, "device": e.device, "skip": s.on_bad_sample == "skip"}
         found: Validation
         if e.sharded:  # whole on the first process alone, which judges it alone
             whole = self._whole()
@@ -84,36 +103,63 @@ class Finetuning(Training):
         else:
             share: dict[str, Any] = {"rank": world.rank, "size": world.size, "total": world.sum}
             found = Validation.of(_network(e.result), self.val, **about, **share)
-        self._keep(found.score, found.figures, iteration)
+        for reason in found.bad:
+            self._skipped(reason)
+        self._keep(found, iteration)
         return found.figures
 
-    def _keep(self, score: float, figures: Record, iteration: int) -> None:
-        """Keep the network if none before was as good; the first of equals stays."""
+    def _keep(self, found: Validation, iteration: int) -> None:
+        """Keep the network if none before was as good on these cases; the first of equals stays."""
         assert self.run is not None
         if self.best is None:
-            self.best = self.world.same(_score(self.run.network))
-        if score > self.best:  # never for NaN
-            self._write_network(self.run, iteration, figures)
-            self.best = score
+            self.best = self.world.same(self._score_before(self.run))
+        # Never for NaN. What could not be written has not set the mark.
+        if found.score > self.best and self.world.same(self._write_network(self.run, iteration, found)):
+            self.best = found.score
 
-    def _write_network(self, run: Run, iteration: int, figures: Record) -> None:
+    def _score_before(self, run: Run) -> float:
+        """Score of the network that is kept; below all others where there is none, or one judged on other cases."""
+        if not (self.world.writes and run.network.exists()):
+            return -math.inf
+        try:
+            about = network_about(run.network)
+        except InputError:
+            return -math.inf
+        if about.get("held_out") != self._held_out():
+            self._note("the held-out cases are others than before: the best network is looked for anew")
+            return -math.inf
+        score = about.get("score")
+        return -math.inf if score is None else float(score)
+
+    def _held_out(self) -> dict[str, Any]:
+        """Which cases decide."""
+        val = self.val
+        count = min(self.settings.val_samples, len(val)) if val else 0
+        return {"content": val.content_hash if val else "", "split": val.split if val else "", "samples": count}
+
+    def _write_network(self, run: Run, iteration: int, found: Validation | None = None) -> bool:
+        """Write the network and say whether that went well; called in all processes."""
         whole = self._whole()
         if whole is None:
-            return
-        network = _network(whole)
-        known = {name: value for name, value in figures.items() if math.isfinite(value)}
-        score = known.get(SCORES[network.task])
-        about = {"settings": as_plain(self.settings), "iteration": iteration, "figures": known, "score": score}
+            return True
+        network, s = _network(whole), self.settings
+        about: dict[str, Any] = {"settings": as_plain(s), "iteration": iteration, "held_out": self._held_out()}
+        about |= {"init_sha256": self.init_sha256 or self.origin.get("init_sha256", "")}
+        if found:
+            known = {name: value for name, value in found.figures.items() if math.isfinite(value)}
+            about |= {"figures": known, "score": found.score}
         try:
             write_atomically(run.network, network_bytes(network, about))
         except InputError as error:
-            if iteration >= self.settings.iterations:
+            if iteration >= s.iterations:
                 raise
             self._note(f"warning: {error}; training goes on, the network of iteration {iteration} is not kept")
+            return False
+        return True
 
     def _save_result(self, run: Run) -> None:
-        if self.world.same(not run.network.exists()):
-            self._write_network(run, self.settings.iterations, {})
+        if self.val is None or self.world.same(not run.network.exists()):
+            self._write_network(run, self.settings.iterations)
 
     # --- pictures ---
 
@@ -129,14 +175,6 @@ class Finetuning(Training):
             write_run_page(self.run, _network(whole), self.val or self.shards, about, held_out=self.val is not None)
         except InputError as error:
             self._note(f"no pictures: {error}")
-
-
-def _score(path: Path) -> float:
-    """Score of a network that was kept before; below all others where there is none."""
-    try:
-        return float(network_about(path)["score"])
-    except (InputError, KeyError, TypeError, ValueError):
-        return -math.inf
 
 
 def _network(method: nn.Module) -> Network:

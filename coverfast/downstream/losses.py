@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 #: Keeps the Dice of a class that is nowhere finite, and at 1.
@@ -20,8 +19,7 @@ def class_sums(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         `(3, K)` float32; p is the softmax of the logits, g 1 where the label is the class.
     """
-    classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
-    truth = labels.unsqueeze(1) == classes
+    truth = _one_hot(logits, labels)
     p = logits.float().softmax(1)
     axes = (0, *range(2, logits.ndim))
     return torch.stack([torch.where(truth, p, 0).sum(axes), p.sum(axes), truth.sum(axes).to(p)])
@@ -40,7 +38,16 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor
 
     Divided by `weight_sum` it is what `torch.nn.functional.cross_entropy` calls the mean.
     """
-    return F.cross_entropy(logits.float(), labels.long(), weights, reduction="sum")
+    # By the mask, not torch's nll_loss, whose sums over maps have no deterministic form on a GPU.
+    axes = (0, *range(2, logits.ndim))
+    found = torch.where(_one_hot(logits, labels), logits.float().log_softmax(1), 0).sum(axes)
+    return -(found * weights).sum()
+
+
+def _one_hot(logits: Tensor, labels: Tensor) -> Tensor:
+    """Where the label is the class, `(B, K, ...)` bool."""
+    classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
+    return labels.unsqueeze(1) == classes
 
 
 def weight_sum(labels: Tensor, weights: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def score_case(
     for label in range(1, classes):
         surfaces = [
             np.empty((0, truth.ndim)) if box is None else _surface(array[box] == label, box, spacing)
-            for array, (box) in zip((prediction, truth), (b[label - 1] for b in boxes), strict=True)
+            for array, box in zip((prediction, truth), (b[label - 1] for b in boxes), strict=True)
         ]
         distances = _distances(*surfaces)
         hd95[label - 1], within[label - 1] = _hausdorff95(distances), _surface_dice(distances, tolerance)

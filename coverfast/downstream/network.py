@@ -85,6 +85,9 @@ class Network(nn.Module):
         require(
             len(values) == len(names), f"values must be one for each of {len(names)} classes, got {len(values)} of them"
         )
+        whole = all(isinstance(v, int) and v >= 0 for v in values) and len(set(values)) == len(values)
+        require(whole, f"values must be different integers of at least 0, got {values}")
+        require(all(isinstance(n, str) for n in names), f"names must be strings, got {tuple(names)}")
         self.backbone, self.task = backbone, task
         self.names, self.values = tuple(names), values
         self.crop = per_axis("crop", crop, backbone.ndim)

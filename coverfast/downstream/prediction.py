@@ -83,8 +83,9 @@ def on_grid(
     """Class probabilities `(K, *S)` on another grid of `size` along the same axes, a plane of the first axis at a time.
 
     Pixel p of the new grid lies at `scale * p + offset` of S. A 2D image is one plane. Linear between pixel centres;
-    half a pixel around the border repeats it; beyond that it is the first class for certain. Whole positions are exact.
-    Planes are `(K, rows, columns)` float32.
+    half a pixel around the border repeats it; beyond that it is the first class for certain. An axis along which every
+    pixel lies less than one pixel of S from S was covered, and rounded to whole pixels: there the border is repeated to
+    the end. Whole positions are exact. Planes are `(K, rows, columns)` float32.
     """
     axes = [
         _neighbours(scale_ * np.arange(count) + offset_, old)
@@ -108,9 +109,10 @@ _Axis = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32], NDArray
 
 def _neighbours(position: NDArray[Any], count: int) -> _Axis:
     """For positions along an axis of `count` pixels: the two pixels beside each, the weight of the second, whether it
-    lies within the image.
+    counts as within the image.
     """
-    inside = (position >= -0.5 - _SLACK) & (position <= count - 0.5 + _SLACK)
+    covered = position.min() > _SLACK - 1 and position.max() < count - _SLACK
+    inside = covered | (position >= -0.5 - _SLACK) & (position <= count - 0.5 + _SLACK)
     position = np.clip(position, 0, count - 1)
     near = np.rint(position)
     position = np.where(abs(position - near) < _SLACK, near, position)

@@ -12,13 +12,14 @@ from coverfast.training.settings import SMALL, Ints, TrainingSettings, mirrored,
 TASKS = ("segmentation", "classification")
 Floats = tuple[float, ...]
 
-_SMALL: dict[str, Any] = SMALL | {"lr": 1e-3, "val_samples": 64}
+_SMALL: dict[str, Any] = SMALL | {"lr": 1e-3, "val_samples": 16}
 
 
 @dataclass(frozen=True)
 class FinetuneSettings(TrainingSettings):
     """Settings of `coverfast finetune` and `coverfast probe`; the defaults are those of the paper in 2D (SPEC 8)."""
 
+    kind: ClassVar[str] = "fine-tuning"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper-2d": {},
         "paper-3d": {"batch": 2, "crop": (128,)},
@@ -29,7 +30,8 @@ class FinetuneSettings(TrainingSettings):
 
     iterations: int = setting(40_000, "iterations in total", least=1, free=True)
     channels: Ints = setting((32, 64, 128, 256, 512), "channels of the encoder of a network from scratch", least=8)
-    init: str = setting("", "pretrained backbone: backbone.safetensors or the run folder that holds one")
+    init: str = setting("", "pretrained backbone: backbone.safetensors, the run that has one, or a checkpoint")
+    crop: Ints = setting((384,), "size of the crops that are learned from, one int or one per axis", least=1)
     val_every: int = setting(200, "iterations between validations, of which the best is kept", least=1, free=True)
     val_samples: int = setting(64, "most held-out samples that a validation uses", least=1, free=True)
     # The augmentation is milder than what makes two views: it must not leave the images behind.
@@ -49,6 +51,11 @@ class FinetuneSettings(TrainingSettings):
     def fitting(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """See `TrainingSettings`: in few iterations a head by itself needs larger steps."""
         return {"lr": 0.1} if given.get("train_modules") == 0 and preset.startswith("small") else {}
+
+    @property
+    def smaller(self) -> str:
+        """See `TrainingSettings`."""
+        return "" if self.task == "segmentation" else super().smaller
 
     @property
     def label(self) -> str:
@@ -71,5 +78,9 @@ class FinetuneSettings(TrainingSettings):
         require(self.fraction > 0, f"fraction must be above 0, got {self.fraction}")
 
     def unet_channels(self) -> Ints:
-        """Channels of all stages: those of the pretrained backbone, or the encoder's, mirrored."""
-        return self.channels if self.init else mirrored(self.channels)
+        """Channels of all stages: those of the pretrained backbone, or the encoder's, mirrored.
+
+        A list that rises and falls alike is both already.
+        """
+        both = len(set(self.channels)) > 1 and self.channels == self.channels[::-1]
+        return self.channels if self.init or both else mirrored(self.channels)

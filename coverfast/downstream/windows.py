@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coverfast.checks import require
+from coverfast.checks import InputError, require
 
 if TYPE_CHECKING:
     from coverfast.downstream.network import Network
@@ -98,6 +98,21 @@ def predict_windows(
                 progress(min(1.0, (first + batch) / len(starts)))
     assert mean is not None
     return mean[(slice(None), *(slice(0, pixels) for pixels in size))] if dense else mean
+
+
+@contextmanager
+def fitting_memory(network: Network, batch: int, what: object) -> Iterator[None]:
+    """While entered, too little memory to predict `what`, `batch` windows at a time, is an `InputError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            device = next((p.device for p in network.parameters()), torch.device("cpu"))
+            raise InputError(
+                f"{what} does not fit into the memory of {device}, {batch} window(s) of "
+                f"{'x'.join(map(str, network.crop))} pixels at a time; use a smaller --batch"
+            ) from None
+        raise
 
 
 def _region(start: Sequence[int], crop: Sequence[int]) -> tuple[slice, ...]:

@@ -114,7 +114,7 @@ def build_atlas_subjects(
         test_fraction=test_fraction,
         progress=progress,
         ndim=2,
-        preprocessing={"preset": "atlas", "seed": seed},
+        preprocessing={"preset": "atlas"},
         overwrite=overwrite,
         label_classes=dict(enumerate(CLASSES)),
     )

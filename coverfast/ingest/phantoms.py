@@ -61,7 +61,7 @@ def build_phantoms(
         test_fraction=test_fraction,
         progress=progress,
         ndim=ndim,
-        preprocessing={"preset": "phantom", "seed": seed},
+        preprocessing={"preset": "phantom"},
         overwrite=overwrite,
         label_classes=dict(enumerate(CLASSES_2D if ndim == 2 else CLASSES_3D)),
         target_classes=TARGETS.get(ndim),

@@ -91,7 +91,7 @@ class Recipe:
             if self.ndim not in (None, read.pixels.ndim - 1):
                 return Refusal(f"{task} is {read.pixels.ndim - 1}D", unwanted=True)
             if task.labels:
-                labels = read_map(task.labels, read, volume=self.volume, classes=self.classes)
+                labels = read_map(task.labels, read, task.source, volume=self.volume, classes=self.classes)
                 read = replace(read, labels=labels)
             sample = replace(preprocess(read, self.preprocessing), target=task.target)
             options: dict[str, Any] = {"preprocessing": self.preprocessing, "compression": self.compression}

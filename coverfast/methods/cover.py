@@ -93,6 +93,8 @@ class Cover(Method):
     def forward(self, views: Views, denominator: Tensor | None = None) -> Outcome:
         """The loss, and sums over the pixels that both views show, see `figures`."""
         matched = self.match(views)
+        if denominator is not None:
+            denominator = denominator.clamp(min=1)
         field, (feat_a, feat_b) = matched.levels[-1], matched.features[-1].chunk(2)
         found = field_errors(field, views.target, views.shown, denominator=denominator, impl=self.impl)
         con = consistency_loss(feat_a, feat_b, views.target, views.shown, denominator=denominator, impl=self.impl)

@@ -33,9 +33,33 @@ def fill_pair(
         boxes: number of boxes in `params`.
         taps: number of weights of the blur in `params`, 0 for none.
     """
-    # The same bits as signed numbers.
-    key, counter = (value - 2**bits if value >> (bits - 1) else value for value, bits in ((seed, 64), (iteration, 32)))
+    key, counter = _signed(seed, iteration)
     torch.ops.coverfast.view_pair(pair, images, numbers, params, field, form, key, counter, boxes, taps)
+
+
+def fill_augmented(
+    out: Tensor,
+    images: Tensor,
+    numbers: Tensor,
+    params: Tensor,
+    field: Tensor,
+    form: str,
+    seed: int,
+    iteration: int,
+    *,
+    boxes: int,
+    taps: int,
+) -> None:
+    """Fill out `(B, C, *S)`, contiguous float32, with warped images in a new appearance; see `fill_pair`."""
+    key, counter = _signed(seed, iteration)
+    torch.ops.coverfast.view_augmented(out, images, numbers, params, field, form, key, counter, boxes, taps)
+
+
+def _signed(seed: int, iteration: int) -> tuple[int, int]:
+    """The same bits as signed numbers."""
+    pairs = ((seed, 64), (iteration, 32))
+    key, counter = (value - 2**bits if value >> (bits - 1) else value for value, bits in pairs)
+    return key, counter
 
 
 @torch.library.custom_op(
@@ -70,6 +94,53 @@ def _view_pair(
 @_view_pair.register_fake
 def _(
     pair: Tensor,
+    images: Tensor,
+    numbers: Tensor,
+    params: Tensor,
+    field: Tensor,
+    form: str,
+    seed: int,
+    iteration: int,
+    boxes: int,
+    taps: int,
+) -> None:
+    return None
+
+
+@torch.library.custom_op(
+    "coverfast::view_augmented",
+    mutates_args=("out",),
+    schema="(Tensor(a!) out, Tensor images, Tensor numbers, Tensor params, Tensor field, str form, int seed,"
+    " int iteration, int boxes, int taps) -> ()",
+)
+def _view_augmented(
+    out: Tensor,
+    images: Tensor,
+    numbers: Tensor,
+    params: Tensor,
+    field: Tensor,
+    form: str,
+    seed: int,
+    iteration: int,
+    boxes: int,
+    taps: int,
+) -> None:
+    from coverfast.kernels import views as kernels
+    from coverfast.kernels.warp import forward_launch
+
+    warped = torch.empty_like(out)
+    forward_launch(images, field, form, warped, "linear", "zeros").run()
+    here = numbers.clone()
+    here[..., -1] = 0  # what is warped begins where the crop does
+    for launch in kernels.appearance_launches(
+        warped, here, params, out, boxes=boxes, taps=taps, seed=seed, iteration=iteration
+    ):
+        launch.run()
+
+
+@_view_augmented.register_fake
+def _(
+    out: Tensor,
     images: Tensor,
     numbers: Tensor,
     params: Tensor,

@@ -12,9 +12,9 @@ import numpy as np
 
 from coverfast.checks import require
 from coverfast.disk import write_atomically
-from coverfast.report.class_colours import class_colours
+from coverfast.report.class_colours import class_colours, label_overlay
 from coverfast.report.colours import INK, Array, grey
-from coverfast.report.page import _facts, _page
+from coverfast.report.page import html_facts, html_page
 from coverfast.report.pictures import Plane
 from coverfast.report.sheet import GAP, MARGIN, TITLE, WIDTH, Grid, Sheet
 
@@ -134,7 +134,7 @@ def write_page(
     pictures: name of the file without suffix, what it shows, the sheet. The folder must be there.
     """
     headings, rows = table
-    parts = [f"<h1>{escape(title)}</h1>", _facts(about)]
+    parts = [f"<h1>{escape(title)}</h1>", html_facts(about)]
     lines = ["".join(f'<th class="number">{escape(h)}</th>' for h in headings)]
     lines += ["".join(f'<td class="number">{escape(cell)}</td>' for cell in row) for row in rows]
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
@@ -145,30 +145,14 @@ def write_page(
         parts += [f"<h2>{escape(name.capitalize())}</h2>", f"<p>{escape(caption)}</p>"]
         parts.append(f'<a class="scroll" href="{name}.png">{image}</a>')
     page = folder / "index.html"
-    write_atomically(page, _page(title, parts))
+    write_atomically(page, html_page(title, parts))
     return page
 
 
 def overlaid(image: Array, labels: Array, colours: Array, fill: float = 0.35) -> Array:
     """Class indices `(H, W)` in colour over a picture `(H, W, 3)`: a veil of strength `fill`, and outlines."""
-    wide = max(1, max(labels.shape) // 400)
-    edges = _outline(labels, wide)
-    strength = np.where(edges, 0.95, fill) * (labels > 0)
-    return np.asarray(image + (colours[labels] - image) * strength[..., None])
-
-
-def _outline(labels: Array, wide: int) -> Array:
-    """Pixels within `wide` of one with another index, along rows and columns; the border of the picture is none."""
-    edges = np.zeros(labels.shape, bool)
-    for axis in (0, 1):
-        for shift in range(1, wide + 1):
-            lead = [slice(None)] * 2
-            lag = [slice(None)] * 2
-            lead[axis], lag[axis] = slice(shift, None), slice(None, -shift)
-            differ = labels[tuple(lead)] != labels[tuple(lag)]
-            edges[tuple(lead)] |= differ
-            edges[tuple(lag)] |= differ
-    return edges
+    veil = label_overlay(labels, colours, fill)
+    return np.asarray(image + (veil[..., :3] - image) * veil[..., 3:])
 
 
 def _errors(found: Array, truth: Array) -> Array:

@@ -30,14 +30,16 @@ def class_colours(count: int) -> NDArray[np.float64]:
 def label_overlay(labels: NDArray[Any], colours: NDArray[np.float64], opacity: float = 0.3) -> NDArray[np.float64]:
     """Class indices `(H, W)` as RGBA `(H, W, 4)` in [0, 1]: outlines opaque, insides thin, background not at all.
 
-    An outline is where a pixel has a lower index beside it: one pixel wide, of the class that the higher index is.
+    An outline is where a lower index lies beside, along rows or columns: of the class that the higher index is, one
+    pixel wide, or a 400th of the longer side if that is more.
     """
     edge = np.zeros(labels.shape, bool)
     for axis in (0, 1):
-        rises = np.diff(labels.astype(np.int64), axis=axis)
-        first, last = [slice(None)] * 2, [slice(None)] * 2
-        first[axis], last[axis] = slice(None, -1), slice(1, None)
-        edge[tuple(first)] |= rises < 0
-        edge[tuple(last)] |= rises > 0
+        for far in range(1, max(1, max(labels.shape) // 400) + 1):
+            first, last = [slice(None)] * 2, [slice(None)] * 2
+            first[axis], last[axis] = slice(None, -far), slice(far, None)
+            one, other = labels[tuple(first)], labels[tuple(last)]
+            edge[tuple(first)] |= one > other
+            edge[tuple(last)] |= other > one
     alpha = np.where(labels > 0, np.where(edge, 1.0, opacity), 0.0)
     return np.concatenate([colours[labels], alpha[..., None]], axis=-1)

@@ -99,7 +99,7 @@ def write_report(
         if pictures.mask.any()
         else "The two views have no pixel in common: the crop is small for the image, and there is nothing to measure."
     )
-    parts = [f"<h1>{escape(title)}</h1>", _facts(about or {}), f"<p>{lead}</p>"]
+    parts = [f"<h1>{escape(title)}</h1>", html_facts(about or {}), f"<p>{lead}</p>"]
     for name, heading, caption, sheet in sheets:
         if sheet is not None:
             write_atomically(folder / f"{name}.png", sheet.png())
@@ -112,7 +112,7 @@ def write_report(
             ]
     parts.append(_table(metrics))
     page = folder / "index.html"
-    write_atomically(page, _page(title, parts))
+    write_atomically(page, html_page(title, parts))
     return page
 
 
@@ -124,11 +124,12 @@ def write_index(folder: str | Path, entries: Sequence[Entry], *, title: str) -> 
         for e in entries
     ]
     page = Path(folder) / "index.html"
-    write_atomically(page, _page(title, [f"<h1>{escape(title)}</h1>", '<div class="cards">', *cards, "</div>"]))
+    write_atomically(page, html_page(title, [f"<h1>{escape(title)}</h1>", '<div class="cards">', *cards, "</div>"]))
     return page
 
 
-def _page(title: str, parts: Sequence[str]) -> str:
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """A page in the style of reports, of parts in HTML."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     body = "\n".join(part for part in parts if part)
     return (
@@ -137,7 +138,8 @@ def _page(title: str, parts: Sequence[str]) -> str:
     )
 
 
-def _facts(about: Mapping[str, object]) -> str:
+def html_facts(about: Mapping[str, object]) -> str:
+    """Names and what they are, as HTML; nothing for none."""
     rows = [f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in about.items()]
     return f"<dl>{''.join(rows)}</dl>" if rows else ""
 

@@ -13,6 +13,7 @@ from coverfast.checks import InputError, require
 from coverfast.shard_set import ShardSet
 from coverfast.study.folder import Study
 from coverfast.study.settings import StudySettings
+from coverfast.training.data import overlaps
 from coverfast.training.runs import Run
 
 
@@ -55,12 +56,13 @@ def begun(study: Study) -> Iterator[None]:
 def gather(study: Study, *, pretrains: bool, tell: Callable[[str], None] = lambda text: None) -> Data:
     """The images of a study; those that it makes and are not there yet are made.
 
-    pretrains: whether unlabelled ones are needed.
+    pretrains: whether unlabelled ones are needed. tell: is told what is made, and of patients with images both to
+    learn from and to test on.
 
     Raises:
         InputError: for shards that lack label maps, a split or classes, or do not belong together.
     """
-    return _made(study, pretrains, tell) if study.settings.made else _given(study.settings)
+    return _made(study, pretrains, tell) if study.settings.made else _given(study.settings, tell)
 
 
 def _made(study: Study, pretrains: bool, tell: Callable[[str], None]) -> Data:
@@ -89,7 +91,7 @@ def _make(s: StudySettings, path: Path, first: int, count: int) -> None:
         build_atlas_subjects(path, count=count, seed=s.seed, size=s.size, first=first)
 
 
-def _given(s: StudySettings) -> Data:
+def _given(s: StudySettings, tell: Callable[[str], None]) -> Data:
     whole = ShardSet(s.data, "all")
     first = whole.paths[0]
     require(
@@ -111,6 +113,8 @@ def _given(s: StudySettings) -> Data:
     )
     test = ShardSet(s.data, "test")
     _check_apart(learned, test)
+    for note in dict.fromkeys(n for seen in (learned, ShardSet(s.data, "train")) for n in overlaps(seen, test)):
+        tell(note)
     return Data(unlabelled, list(whole.paths), [], test)
 
 

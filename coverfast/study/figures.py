@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from coverfast.downstream.bootstrap import Interval
 from coverfast.report.cases import overlaid
 from coverfast.report.class_colours import class_colours
 from coverfast.report.colours import CONSISTENCY, FAINT, INK, VECTOR
 from coverfast.report.sheet import DPI, need_matplotlib
-from coverfast.study.statistics import Correlation, Interval
+from coverfast.study.statistics import Correlation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,9 +102,24 @@ def _intervals(
     axes: Axes, points: Sequence[tuple[int, Interval]], shift: float, colour: str, name: str, style: dict[str, Any]
 ) -> None:
     x = np.log2([cases for cases, _ in points]) + shift
-    mean, low, high = (100 * np.array([getattr(i, part) for _, i in points]) for part in ("mean", "low", "high"))
+    mean, low, high = (100 * np.array([getattr(i, part) for _, i in points]) for part in ("value", "low", "high"))
     axes.plot(x, mean, color=colour, linewidth=1.8, markersize=6, label=name, **style)
     axes.errorbar(x, mean, [mean - low, high - mean], fmt="none", ecolor=colour, elinewidth=1.1, capsize=3)
+
+
+def convergence_picture(curves: Mapping[str, Mapping[int, Sequence[float]]], about: str) -> bytes:
+    """Validation DSC over iterations by init, those of each seed thin and their mean."""
+    figure = _figure(5.0, about, wide=7.6)
+    axes = figure.subplots()
+    _frame(axes, "DSC on the validation cases, %")
+    for init, curve in curves.items():
+        iterations, scores = list(curve), 100 * np.array(list(curve.values()))
+        axes.plot(iterations, scores, color=_INITS[init], linewidth=0.8, alpha=0.35)
+        axes.plot(iterations, scores.mean(axis=1), "o-", color=_INITS[init], markersize=5, linewidth=1.8, label=init)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("iterations of fine-tuning", fontsize=10, color=INK)
+    axes.legend(frameon=False, fontsize=9.5, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    return _png(figure)
 
 
 def example_picture(example: Example, names: Sequence[str], about: str) -> bytes:

@@ -91,7 +91,8 @@ class Study:
             return True
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.file, to_toml(cast(Any, self.settings), tables={**self.tables, "content": self.content}))
+        text = to_toml(cast(Any, self.settings), tables={**self.tables, "content": self.content})
+        write_atomically(self.file, f'study = "{self.settings.name}"\n{text}')
         return False
 
     def about(self) -> dict[str, Any]:
@@ -161,6 +162,8 @@ def _read(path: Path, kind: type[StudySettings]) -> tuple[dict[str, Any], Tables
         values = tomllib.loads(data.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"config must be a TOML file, but {path} is none: {error}") from None
+    study = values.pop("study", kind.name)
+    require(study == kind.name, f"{path} must be of a study of the kind {kind.name}, but it is of the kind {study}")
     tables = {name: value for name, value in values.items() if isinstance(value, dict)}
     content = tables.pop("content", {})
     for name, table in tables.items():

@@ -42,8 +42,7 @@ def _retest(study: Study, runs: Runs) -> dict[str, Any]:
     def flags(seed: int) -> dict[str, Any]:
         return {"seed": seed, "iterations": s.iterations}
 
-    todo = [seed for seed in s.two_seeds if not runs.result(f"fine-tuned-seed-{seed}").exists()]
-    runs.rehearse([flags(seed) | runs.architecture("") for seed in todo])
+    runs.rehearse([flags(s.seed) | runs.architecture("")])
     both = []
     for seed in s.two_seeds:
         backbone = runs.pretrain(f"pretraining-seed-{seed}", seed)

@@ -28,6 +28,8 @@ from coverfast.training.settings import mirrored, resolve
 _FRUGAL = {"keep_checkpoints": 1, "tensorboard": False}
 #: Learning rates of runs that are short, whatever the preset.
 _LR = {"finetune": 1e-3, "probe": 0.1}
+#: Of a run at least, for its curve.
+_VALIDATIONS = 4
 #: How the notes of a run begin that are passed on.
 _TOLD = ("warning", "skipped", "signal")
 
@@ -82,11 +84,16 @@ class Runs:
         return self.folder(name) / "result.json"
 
     def rehearse(self, trainings: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse fine-tunings that could not be made, before hours go into what comes before them."""
+        """Refuse fine-tunings that could not be made, before hours go into what comes before them.
+
+        Once anything is trained they are known to be fine: settings and content of the data cannot change.
+        """
         from coverfast.downstream import plan as library
 
+        if self.folder("").exists():
+            return
         for flags in trainings:
-            library.plan({**self._with_labels(flags), "run": str(self.folder("none"))})
+            library.plan({**self._with_labels(flags), "run": str(self.folder("none"))}, rehearsal=True)
 
     def architecture(self, backbone: str) -> dict[str, Any]:
         """Settings of a network from scratch that is built like a backbone, "" for that of the pretraining to come."""
@@ -95,7 +102,7 @@ class Runs:
 
             shards = self.data.test
             try:
-                network, _ = pretrained(backbone, shards.ndim, shards.channels)
+                network, *_ = pretrained(backbone, shards.ndim, shards.channels)
             except InputError as error:
                 raise InputError(f"checkpoint does not fit: {error}") from None
             channels = tuple(network.channels)
@@ -145,16 +152,19 @@ class Runs:
 
     def _with_labels(self, flags: Mapping[str, Any]) -> dict[str, Any]:
         kind = "probe" if flags.get("train_modules") == 0 else "finetune"
-        table = {"lr": _LR[kind], "report": False, **self.study.tables[kind]}
+        every = max(1, int(flags["iterations"]) // _VALIDATIONS)
+        table = {"lr": _LR[kind], "report": False, "val_every": every, **self.study.tables[kind]}
         return {**self._common(), **table, "task": "segmentation", **self.data.flags(), **flags}
 
     def _train(self, library: ModuleType, name: str, flags: Mapping[str, Any]) -> None:
         folder = self.folder(name)
         self.watch.begin(name)
-        if Run(folder).config.is_file():
-            ready = library.resume({"run": str(folder), "device": self.study.settings.device})
+        if Run(folder).checkpoints.paths():
+            # The study may have been moved since.
+            places = {name: flags[name] for name in ("data", "val", "device") if name in flags}
+            ready = library.resume({**places, "run": str(folder)})
         else:
-            shutil.rmtree(folder, ignore_errors=True)  # what a kill left before the run began
+            shutil.rmtree(folder, ignore_errors=True)  # what a kill left before there was anything to go on from
             ready = library.plan({**flags, "run": str(folder)})
 
         def tell(note: str) -> None:
@@ -169,17 +179,27 @@ class Runs:
     # --- results ---
 
     def _evaluate(self, run: Run) -> dict[str, Any]:
-        from coverfast.downstream.evaluation import evaluate
+        from coverfast.downstream.evaluation import predict_case
+        from coverfast.downstream.metrics import dice_per_class
         from coverfast.downstream.network import load_network
 
-        device = choose_device(self.study.settings.device)
-        found = evaluate(load_network(run.network).to(device), self.data.test, device=device)
-        return {
-            "cases": [case.source for case in found.cases],
-            "groups": [case.group for case in found.cases],
-            "dsc": [case.figures["dsc"] for case in found.cases],
-            "classes": {name: [case.classes[name]["dsc"] for case in found.cases] for name in found.classes},
-        }
+        network, test = load_network(run.network).to(choose_device(self.study.settings.device)), self.data.test
+        names, groups, rows = [], [], []
+        for index in range(len(test)):
+            seen = predict_case(network, test, index)
+            names.append(seen.source)
+            groups.append(seen.group)
+            rows.append(dice_per_class(seen.prediction, seen.truth, len(network.names)))
+        scores = np.stack(rows)
+        classes = dict(zip(network.names[1:], scores.T.tolist(), strict=True))
+        return {"cases": names, "groups": groups, "dsc": scores.mean(axis=1).tolist(), "classes": classes}
+
+    def validations(self, name: str) -> dict[int, float]:
+        """DSC of a run on the validation images by iteration, as its metrics.jsonl says."""
+        path = Run(self.folder(name)).metrics
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        records = map(json.loads, lines)
+        return {r["iteration"]: r["val_dsc"] for r in records if r.get("val_dsc") is not None}
 
     def predict(self, name: str, case: int) -> Predicted:
         """What the network of a run says of a test case; of a volume the plane across z with most classes."""

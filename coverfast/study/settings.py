@@ -16,6 +16,8 @@ MADE = ("phantom", "atlas")
 class StudySettings:
     """What every study that trains has."""
 
+    #: What the study is called.
+    name: ClassVar[str]
     #: Sizes and lengths by the preset of the runs.
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "small-2d": {},
@@ -81,6 +83,7 @@ class StudySettings:
 class TransferSettings(StudySettings):
     """Settings of `coverfast study transfer`."""
 
+    name: ClassVar[str] = "transfer"
     tables: ClassVar[tuple[str, ...]] = ("pretrain", "finetune", "probe")
 
     checkpoint: str = setting("", "pretrained backbone.safetensors, or run that has one; default: pretrain first")
@@ -102,6 +105,8 @@ class TransferSettings(StudySettings):
 @dataclass(frozen=True)
 class RetestSettings(StudySettings):
     """Settings of `coverfast study retest`."""
+
+    name: ClassVar[str] = "retest"
 
     labelled: int = setting(16, "labelled training images to make; default 16; those of shards are all used", least=1)
 

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coverfast.checks import InputError, require
+from coverfast.downstream.bootstrap import LEVEL, Interval
 
 Array = NDArray[np.float64]
 
-#: Share of the replicates inside an interval, how many are drawn, and the key they are drawn with.
-LEVEL, REPLICATES, _KEY = 0.95, 10_000, 0xB007
+#: Replicates that are drawn, and the key they are drawn with.
+REPLICATES, _KEY = 10_000, 0xB007
 #: What an interval is, for whoever reads one.
 METHOD = (
     f"Intervals: {LEVEL:.0%} percentile bootstrap of the mean, {REPLICATES} replicates, seeds and test cases drawn "
@@ -22,20 +23,9 @@ METHOD = (
 )
 
 
-class Interval(NamedTuple):
-    """A mean and what 95 % of its bootstrap replicates lie between."""
-
-    mean: float
-    low: float
-    high: float
-
-    def plain(self) -> dict[str, float]:
-        """JSON-able."""
-        return {"mean": self.mean, "low": self.low, "high": self.high}
-
-    def apart(self, other: Interval) -> bool:
-        """Whether the two have no value in common."""
-        return self.low > other.high or other.low > self.high
+def apart(a: Interval, b: Interval) -> bool:
+    """Whether two intervals have no value in common."""
+    return a.low > b.high or b.low > a.high
 
 
 def crossed_interval(
@@ -67,7 +57,7 @@ def crossed_interval(
     cases = patients[:, patient]
     means = ((seeds @ scores / len(scores)) * cases).sum(axis=1) / cases.sum(axis=1)
     low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return Interval(float(scores.mean()), float(low), float(high))
+    return Interval(float(scores.mean()), float(low), float(high), scores.shape[1])
 
 
 class Correlation(NamedTuple):

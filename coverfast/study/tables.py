@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coverfast.study.statistics import Interval
+from coverfast.downstream.bootstrap import Interval
 
 #: Headings and rows; the first columns are text.
 Table = tuple[list[str], list[list[str]]]
@@ -38,7 +38,7 @@ def features_rows(result: Mapping[str, Any]) -> Table:
 
 def interval(found: Interval, *, sign: bool = False) -> str:
     """A share in per cent, or a difference of shares in points, with its interval."""
-    mean, low, high = (f"{100 * value:{'+' if sign else ''}.1f}" for value in found)
+    mean, low, high = (f"{100 * value:{'+' if sign else ''}.1f}" for value in found[:3])
     return f"{mean} [{low}, {high}]"
 
 

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coverfast.study.data import begun, gather
-from coverfast.study.figures import Arm, Example, Gain, example_picture, transfer_picture
+from coverfast.study.figures import Arm, Example, Gain, convergence_picture, example_picture, transfer_picture
 from coverfast.study.folder import Study
 from coverfast.study.progress import Watch, Work
 from coverfast.study.runs import Runs, Scores, write_pictures, write_result
 from coverfast.study.settings import TransferSettings
-from coverfast.study.statistics import METHOD, crossed_interval
+from coverfast.study.statistics import METHOD, apart, crossed_interval
 from coverfast.study.tables import markdown, transfer_rows
 
 INITS, MODES = ("scratch", "pretrained"), ("fine-tuned", "linear")
@@ -77,25 +77,30 @@ def transfer(study: Study, watch: Watch) -> dict[str, Any]:
 
 
 def _transfer(study: Study, s: TransferSettings, runs: Runs) -> dict[str, Any]:
-    whole = [t for t in trials(s) if (t.init, t.mode) == ("scratch", "fine-tuned")]
-    todo = [t for t in whole if not runs.result(t.name).exists()]
-    runs.rehearse([t.flags(study, runs.architecture(s.checkpoint)) for t in todo])
+    architecture = runs.architecture(s.checkpoint)
+    runs.rehearse([t.flags(study, architecture) for t in trials(s) if t.init == "scratch"])
     backbone = Path(s.checkpoint) if s.checkpoint else runs.pretrain(_PRETRAINING, s.seed)
-    from_backbone = {"scratch": runs.architecture(str(backbone)), "pretrained": {"init": str(backbone)}}
+    from_backbone = {"scratch": architecture, "pretrained": {"init": str(backbone)}}
     scores = {t: runs.finetune(t.name, t.flags(study, from_backbone[t.init])) for t in trials(s)}
     arms, gains = compare(scores, s)
-    result = _result(study, scores, arms, gains)
+    curves = convergence({t: runs.validations(t.name) for t in trials(s)}, s)
+    result = _result(study, scores, arms, gains, curves)
     headings, rows = transfer_rows(result)
     write_result(study.folder / "transfer", result, f"{markdown(headings, rows)}\n{METHOD}\n")
-    about = f"{s.made or Path(s.data[0]).name}, {s.preset}, {s.seeds} seed(s), {len(runs.data.test)} test cases"
+    trained = f"{s.made or Path(s.data[0]).name}, {s.preset}, {s.seeds} seed(s)"
+    about, middle = f"{trained}, {len(runs.data.test)} test cases", f"{_middle(s)} labelled cases"
 
     def pictures() -> dict[str, bytes]:
-        example = _example(runs, scores, s)
-        middle = f"{_middle(s)} labelled cases, seed {s.seed}"
-        return {
+        found = {
             "transfer.png": transfer_picture(arms, gains, f"{about}; bars: 95 % bootstrap intervals"),
-            "example.png": example_picture(example, runs.data.classes, f"{about}; {middle}"),
+            "example.png": example_picture(
+                _example(runs, scores, s), runs.data.classes, f"{about}; {middle}, seed {s.seed}"
+            ),
         }
+        tuned = {init: curves[init, "fine-tuned", _middle(s)] for init in INITS}
+        if all(tuned.values()):
+            found["convergence.png"] = convergence_picture(tuned, f"{trained}; fine-tuned, {middle}")
+        return found
 
     write_pictures(study.folder, pictures, runs.watch.note)
     return result
@@ -111,11 +116,28 @@ def compare(scores: Mapping[Trial, Scores], s: TransferSettings) -> tuple[list[A
         intervals = {init: crossed_interval(values, groups) for init, values in found.items()}
         arms += [Arm(init, mode, cases, interval) for init, interval in intervals.items()]
         gain = crossed_interval(found["pretrained"] - found["scratch"], groups)
-        gains.append(Gain(mode, cases, gain, intervals["scratch"].apart(intervals["pretrained"])))
+        gains.append(Gain(mode, cases, gain, apart(intervals["scratch"], intervals["pretrained"])))
     return arms, gains
 
 
-def _result(study: Study, scores: Mapping[Trial, Scores], arms: Sequence[Arm], gains: Sequence[Gain]) -> dict[str, Any]:
+def convergence(
+    found: Mapping[Trial, Mapping[int, float]], s: TransferSettings
+) -> dict[tuple[str, str, int], dict[int, list[float]]]:
+    """Validation DSC of all seeds by iteration, for each way to train; iterations that a seed lacks are left out."""
+    curves = {}
+    for init, mode, cases in product(INITS, MODES, s.cases):
+        mine = [found[Trial(init, mode, cases, k)] for k in range(s.seed, s.seed + s.seeds)]
+        curves[init, mode, cases] = {i: [m[i] for m in mine] for i in sorted(set.intersection(*map(set, mine)))}
+    return curves
+
+
+def _result(
+    study: Study,
+    scores: Mapping[Trial, Scores],
+    arms: Sequence[Arm],
+    gains: Sequence[Gain],
+    curves: Mapping[tuple[str, str, int], Mapping[int, Sequence[float]]],
+) -> dict[str, Any]:
     s = study.settings
     assert isinstance(s, TransferSettings)
     seeds = range(s.seed, s.seed + s.seeds)
@@ -127,6 +149,7 @@ def _result(study: Study, scores: Mapping[Trial, Scores], arms: Sequence[Arm], g
             "classes": {name: float(np.mean([m.classes[name] for m in mine])) for name in mine[0].classes},
             "by_seed": {str(k): float(m.dsc.mean()) for k, m in zip(seeds, mine, strict=True)},
             "scores": [m.dsc.tolist() for m in mine],
+            "validation": {str(i): float(np.mean(dsc)) for i, dsc in curves[a.init, a.mode, a.cases].items()},
         }
 
     return {

@@ -126,7 +126,7 @@ class Engine:
         denominator = None
         if len(parts) * self.world.size > 1:
             count = torch.stack([self.method.count(part) for part in parts]).sum()
-            denominator = self.world.sum(count).clamp(min=1)
+            denominator = self.world.sum(count)
         found: list[Tensor] = []
         for number, part in enumerate(parts):
             with self._synchronised(number == len(parts) - 1):

@@ -16,9 +16,9 @@ from coverfast.shard_set import ShardSet
 from coverfast.training.assembly import build_method, check_batch, choose_device, crop_of
 from coverfast.training.data import check_fits
 from coverfast.training.engine import Engine
-from coverfast.training.planning import check_shards, new_run, resumed_run, validation_set
 from coverfast.training.pretrain import Pretraining
 from coverfast.training.settings import Settings
+from coverfast.training.starting import check_shards, new_run, resumed_run, validation_set
 from coverfast.training.world import World
 from coverfast.view_draws import expected_mask
 

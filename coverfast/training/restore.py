@@ -53,6 +53,8 @@ def restore_method(path: str | Path, device: torch.device | str = "cpu") -> Rest
     else:
         require(path.is_file(), f"checkpoint must be a file or a run folder, but there is no {path}")
         state = read_checkpoint(path, torch.device("cpu"))
+    kind = state.get("kind", Settings.kind)
+    require(kind == Settings.kind, f"{path} must be a checkpoint of a {Settings.kind}, but it is one of a {kind}")
     values = dict(state["settings"])
     settings, data = resolve(str(values.get("preset")), values), state["data"]
     method = build_method(settings, int(data["ndim"]), int(data["channels"]))

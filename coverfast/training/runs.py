@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import subprocess
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class Run:
         require(bool(folder), "run must name the folder to resume, got none; use --run DIR")
         run = cls(Path(folder))
         require(run.config.is_file(), f"run must be a folder with config.toml, but {run.config} does not exist")
+        _check_kind(run.config, kind.kind)
         values, tables = read_toml(run.config, kind)
         return run, resolve(str(values.get("preset", "")), values, kind=kind), tables
 
@@ -145,6 +147,14 @@ class Run:
             except OSError:
                 file.truncate(end)
                 raise
+
+
+def _check_kind(config: Path, kind: str) -> None:
+    try:
+        found = tomllib.loads(config.read_text(encoding="utf-8"))["provenance"].get("kind", "pretraining")
+    except (OSError, ValueError, KeyError, AttributeError):  # reading it says what is wrong
+        return
+    require(found == kind, f"run must be a {kind}, but {config.parent} is a {found}")
 
 
 def check_new_folder(name: str) -> None:

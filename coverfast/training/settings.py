@@ -26,6 +26,8 @@ def setting(default: Any, text: str, **traits: Any) -> Any:
 class TrainingSettings:
     """What every kind of training has; the defaults are those of the paper in 2D. Help is in the fields' metadata."""
 
+    #: What is trained, for people and files.
+    kind: ClassVar[str] = "training"
     #: Values by the name of a preset, which ends in the number of spatial axes.
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     #: Settings that are one of a few words.
@@ -115,6 +117,11 @@ class TrainingSettings:
         return {}
 
     @property
+    def smaller(self) -> str:
+        """What else saves memory, for people."""
+        return "more --accumulate, "
+
+    @property
     def label(self) -> str:
         """What the folder of a run is called by default, after its date."""
         return self.preset
@@ -162,6 +169,8 @@ SMALL: dict[str, Any] = {
 @dataclass(frozen=True)
 class Settings(TrainingSettings):
     """Settings of `coverfast pretrain`."""
+
+    kind: ClassVar[str] = "pretraining"
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper-2d": {},

@@ -81,6 +81,10 @@ class Training(ABC):
     def results(self, run: Run) -> list[tuple[Path, str]]:
         """Files for people, with what they are."""
 
+    def facts(self) -> dict[str, str]:
+        """What else the weights at the start depend on, for the provenance of the run."""
+        return {}
+
     def finished(self, run: Run) -> bool:
         """Whether the run has what it was for."""
         return self.results(run)[0][0].exists()
@@ -127,6 +131,7 @@ class Training(ABC):
         s, e = self.settings, self.engine
         facts = {"device": str(e.device), "processes": self.world.size}
         facts |= {"precision": e.choices.precision, "layout": e.choices.layout}
+        facts |= {"kind": s.kind, **self.facts()}
         if self.world.writes:
             now = provenance(self.shards.content_hash) | facts
             if self.run is None:
@@ -183,7 +188,8 @@ class Training(ABC):
     def _state(self) -> dict[str, Any]:
         shards = self.shards
         about = {"ndim": shards.ndim, "channels": shards.channels, "preprocessing": shards.preprocessing}
-        return self.engine.state() | {"settings": as_plain(self.settings), "data": about}
+        said = {"kind": self.settings.kind, "settings": as_plain(self.settings), "data": about}
+        return self.engine.state() | said
 
     def _write_metrics(self, run: Run, unwritten: list[Record], records: list[Record]) -> None:
         """Append to metrics.jsonl; what a full disk refuses is kept and tried again with the next lines."""
@@ -282,7 +288,7 @@ def _explained(s: TrainingSettings, device: torch.device) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise InputError(
                 f"a batch of {s.batch} crops of {s.crop} does not fit into the memory of {device}; "
-                f"use --recompute, more --accumulate, a smaller --batch or a smaller --crop"
+                f"use --recompute, {s.smaller}a smaller --batch or a smaller --crop"
             ) from None
         if lost := lost_reader(error):
             raise lost from error

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from coverfast import AffineDVF, ViewSettings, inside_mask, make_views
+from coverfast.augment import augment
 from coverfast.kernels import INTERPRETED
 from coverfast.kernels import views as kernels
 from coverfast.kernels.launch import override
@@ -81,6 +82,25 @@ class ViewCase:
             impl=impl,
         )
 
+    def augmented(self, device: str, impl: str = "triton") -> tuple[Tensor, Tensor]:
+        """The images through `augment` with labels of their own."""
+        images = self.images(device)
+        labels = torch.randint(0, 9, images[:, 0].shape, generator=torch.Generator().manual_seed(8), dtype=torch.uint8)
+        drawn, classes = augment(
+            images,
+            labels.to(device),
+            self.crop,
+            seed=self.seed,
+            iteration=self.iteration,
+            samples=None if self.samples is None else torch.tensor(self.samples),
+            sizes=None if self.sizes is None else torch.tensor(self.sizes),
+            settings=self.settings,
+            pad=self.pad,
+            impl=impl,
+        )
+        assert classes is not None
+        return drawn, classes
+
     def draws(self) -> Draws:
         samples, sizes = self.samples or range(self.batch), self.sizes or [self.size] * self.batch
         return draw(self.seed, self.iteration, np.array(samples), np.array(sizes), self.crop, self.settings)
@@ -135,6 +155,13 @@ def test_equals_torch(name, device):
     assert_equals_torch(CASES[name], device)
 
 
+@pytest.mark.parametrize("name", list(CASES))
+def test_augmentation_equals_torch(name, device):
+    (ours, classes), (theirs, expected) = (CASES[name].augmented(device, impl) for impl in ("triton", "torch"))
+    assert_near(ours, theirs, atol=4e-6, rtol=0)
+    assert torch.equal(classes, expected)
+
+
 def test_the_smaller_images_begin_within_the_crops():
     """As drawn: otherwise what lies before an image would not be looked for. It is NaN."""
     for name in ("a crop that is larger", "a volume that is smaller"):
@@ -178,6 +205,14 @@ def view_cases(draw: st.DrawFn) -> ViewCase:
 @given(view_cases())
 def test_any_call_equals_torch(device, case):
     assert_equals_torch(case, device)
+
+
+@settings(max_examples=4)
+@given(view_cases())
+def test_any_augmentation_equals_torch(device, case):
+    (ours, classes), (theirs, expected) = (case.augmented(device, impl) for impl in ("triton", "torch"))
+    assert_near(ours, theirs, atol=4e-6, rtol=0)
+    assert torch.equal(classes, expected)
 
 
 @pytest.mark.parametrize(
@@ -469,6 +504,8 @@ def test_opcheck(settings, device, monkeypatch):
     assert seed == 2**64 - 1
     arguments = (*tensors, -1, iteration, counts["boxes"], counts["taps"])
     torch.library.opcheck(torch.ops.coverfast.view_pair, arguments)
+    out = arguments[0].chunk(2)[0].clone()
+    torch.library.opcheck(torch.ops.coverfast.view_augmented, (out, *arguments[1:]))
 
 
 # --- on a GPU alone ---------------------------------------------------------------------------------------------------

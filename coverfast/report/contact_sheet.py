@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from coverfast.checks import InputError, check_choice, require
 from coverfast.disk import write_atomically
+from coverfast.report.class_colours import class_colours, label_overlay
 from coverfast.samples import SPLITS, LabelClass, Sample
 from coverfast.shards import Shard
 
@@ -75,7 +76,6 @@ def contact_sheet(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("drawing needs the extra: pip install coverfast[plots]") from error
-    from coverfast.report.class_colours import class_colours, label_overlay
 
     shards = [Path(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     require(len(shards) > 0, "paths must be at least 1 shard, got none")

@@ -78,6 +78,10 @@ def resumed_run(kind: type[S], assemble: Assemble[S, T], flags: Mapping[str, Any
     found = run.checkpoints.newest(torch.device("cpu"))
     ready = assemble(settings, shards, [], world, found is None)
     ready.run, ready.origin = run, origin
+    for name, value in ready.facts().items():
+        require(
+            origin.get(name, value) == value, f"{name} must be that of the run, {origin.get(name)}, but it is {value}"
+        )
     if found:
         path, state, damaged = found
         ready.notes += [f"warning: {sentence}; going on from the one before" for sentence in damaged]
