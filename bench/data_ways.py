@@ -126,6 +126,10 @@ class Files:
         """See `ShardSet.pixels`."""
         return _cropped(self.read_file(self.paths[index]), regions, allocate)
 
+    def targets_if_alike(self) -> NDArray[np.int64]:
+        """See `ShardSet.targets_if_alike`: files say no class."""
+        return np.full(len(self), -1, np.int64)
+
 
 class Whole(ShardSet):
     """Whole samples of a shard, cropped afterwards."""
