@@ -43,6 +43,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def keys(self) -> dict[str, Any]:
+        """What `make_views` and `augment` draw by, and where the images lie: their arguments of these names."""
+        names = ("seed", "iteration", "samples", "sizes", "corner", "focus")
+        return {name: getattr(self, name) for name in names}
+
     def parts(self, count: int) -> list[Batch]:
         """The batch in `count` parts of equal size, in order."""
         share = len(self) // count

@@ -66,12 +66,7 @@ class Cover(Method):
         return make_views(
             batch.images,
             self.crop,
-            seed=batch.seed,
-            iteration=batch.iteration,
-            samples=batch.samples,
-            sizes=batch.sizes,
-            corner=batch.corner,
-            focus=batch.focus,
+            **batch.keys,
             settings=self.settings,
             pad=self.pad,
             impl=self.impl,

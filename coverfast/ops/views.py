@@ -62,11 +62,19 @@ def _signed(seed: int, iteration: int) -> tuple[int, int]:
     return key, counter
 
 
+_ARGUMENTS = (
+    "Tensor images, Tensor numbers, Tensor params, Tensor field, str form, int seed, int iteration, int boxes, int taps"
+)
+
+
+def _fills(*_: object) -> None:
+    """Of fake tensors: what is written is there already."""
+
+
 @torch.library.custom_op(
     "coverfast::view_pair",
     mutates_args=("pair",),
-    schema="(Tensor(a!) pair, Tensor images, Tensor numbers, Tensor params, Tensor field, str form, int seed,"
-    " int iteration, int boxes, int taps) -> ()",
+    schema=f"(Tensor(a!) pair, {_ARGUMENTS}) -> ()",
 )
 def _view_pair(
     pair: Tensor,
@@ -91,27 +99,13 @@ def _view_pair(
     forward_launch(images, field, form, x_b, "linear", "zeros").run()
 
 
-@_view_pair.register_fake
-def _(
-    pair: Tensor,
-    images: Tensor,
-    numbers: Tensor,
-    params: Tensor,
-    field: Tensor,
-    form: str,
-    seed: int,
-    iteration: int,
-    boxes: int,
-    taps: int,
-) -> None:
-    return None
+_view_pair.register_fake(_fills)
 
 
 @torch.library.custom_op(
     "coverfast::view_augmented",
     mutates_args=("out",),
-    schema="(Tensor(a!) out, Tensor images, Tensor numbers, Tensor params, Tensor field, str form, int seed,"
-    " int iteration, int boxes, int taps) -> ()",
+    schema=f"(Tensor(a!) out, {_ARGUMENTS}) -> ()",
 )
 def _view_augmented(
     out: Tensor,
@@ -138,17 +132,4 @@ def _view_augmented(
         launch.run()
 
 
-@_view_augmented.register_fake
-def _(
-    out: Tensor,
-    images: Tensor,
-    numbers: Tensor,
-    params: Tensor,
-    field: Tensor,
-    form: str,
-    seed: int,
-    iteration: int,
-    boxes: int,
-    taps: int,
-) -> None:
-    return None
+_view_augmented.register_fake(_fills)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ MADE = ("phantom", "atlas")
 
 
 @dataclass(frozen=True)
-class StudySettings:
+class StudySettings(ABC):
     """What every study that trains has."""
 
     #: What the study is called.
@@ -54,9 +55,9 @@ class StudySettings:
         return self.data[0] if self.data[0] in MADE else ""
 
     @property
+    @abstractmethod
     def pool(self) -> int:
         """Labelled training images to make."""
-        raise NotImplementedError
 
     def check(self) -> None:
         """Raise `InputError` unless the values fit one another."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from math import pi
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,35 +70,26 @@ class ViewCase:
                 image.zero_()[(..., *map(slice, size))] = kept
         return laid_out(x.to(device, self.dtype), self.layout)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """All but the images, the crop and the implementation."""
+        return {
+            "seed": self.seed,
+            "iteration": self.iteration,
+            "samples": None if self.samples is None else torch.tensor(self.samples),
+            "sizes": None if self.sizes is None else torch.tensor(self.sizes),
+            "settings": self.settings,
+            "pad": self.pad,
+        }
+
     def views(self, device: str, impl: str = "triton") -> Views:
-        return make_views(
-            self.images(device),
-            self.crop,
-            seed=self.seed,
-            iteration=self.iteration,
-            samples=None if self.samples is None else torch.tensor(self.samples),
-            sizes=None if self.sizes is None else torch.tensor(self.sizes),
-            settings=self.settings,
-            pad=self.pad,
-            impl=impl,
-        )
+        return make_views(self.images(device), self.crop, **self.options, impl=impl)
 
     def augmented(self, device: str, impl: str = "triton") -> tuple[Tensor, Tensor]:
         """The images through `augment` with labels of their own."""
         images = self.images(device)
         labels = torch.randint(0, 9, images[:, 0].shape, generator=torch.Generator().manual_seed(8), dtype=torch.uint8)
-        drawn, classes = augment(
-            images,
-            labels.to(device),
-            self.crop,
-            seed=self.seed,
-            iteration=self.iteration,
-            samples=None if self.samples is None else torch.tensor(self.samples),
-            sizes=None if self.sizes is None else torch.tensor(self.sizes),
-            settings=self.settings,
-            pad=self.pad,
-            impl=impl,
-        )
+        drawn, classes = augment(images, labels.to(device), self.crop, **self.options, impl=impl)
         assert classes is not None
         return drawn, classes
 
