@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coverfast.checks import InputError, printable
+from coverfast.cli.options import OwnBackbone
 
 if TYPE_CHECKING:
     from coverfast.downstream.bootstrap import Interval
@@ -34,6 +35,7 @@ def evaluate(
     tolerance: Annotated[float, typer.Option(min=0, help="Of the surface Dice, mm.")] = 1.0,
     overlap: Annotated[float, typer.Option(min=0, max=0.95, help="Of neighbouring windows, a part of a side.")] = 0.5,
     batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 4,
+    backbone: OwnBackbone = None,
 ) -> None:
     """Measure a fine-tuned network on labelled images: every case, every class, means with intervals.
 
@@ -52,7 +54,7 @@ def evaluate(
     from coverfast.shard_set import ShardSet
     from coverfast.training.assembly import choose_device
 
-    loaded, shards = load_network(network), ShardSet(data, split)
+    loaded, shards = load_network(network, own=backbone), ShardSet(data, split)
     check_fits(loaded, shards)
     chosen = choose_device(device)
     with counting("cases", len(shards)) as (tell, done):

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from coverfast.checks import InputError, printable
-from coverfast.cli import bench, evaluate, finetune, predict, pretrain, shards, study, visualize
+from coverfast.cli import bench, evaluate, export, finetune, import_cover, predict, pretrain, shards, study, visualize
 
 app = typer.Typer(
     name="coverfast",
@@ -25,6 +25,8 @@ app.command()(finetune.probe)
 app.command()(evaluate.evaluate)
 app.command()(predict.predict)
 app.command()(visualize.visualize)
+app.command()(export.export)
+app.command()(import_cover.import_cover)
 app.add_typer(study.app, name="study")
 app.add_typer(bench.app, name="bench")
 

@@ -9,6 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+#: Consent to import the code that made a network of the user's own.
+OwnBackbone = Annotated[
+    str | None,
+    typer.Option("--backbone", help="Code of your own that makes the network: module:factory, file.py:factory."),
+]
+
 
 def ints(text: str) -> tuple[int, ...]:
     """`128` or `128,96,96`."""

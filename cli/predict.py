@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from coverfast.checks import InputError, printable, require
+from coverfast.cli.options import OwnBackbone
 
 if TYPE_CHECKING:
     from coverfast.downstream.network import Network
@@ -41,6 +42,7 @@ def predict(
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D image.")] = None,
     overlap: Annotated[float, typer.Option(min=0, max=0.95, help="Of neighbouring windows, a part of a side.")] = 0.5,
     batch: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 4,
+    backbone: OwnBackbone = None,
 ) -> None:
     """Segment or classify images with a fine-tuned network.
 
@@ -58,7 +60,7 @@ def predict(
     from coverfast.training.assembly import choose_device
 
     found = scan(images)
-    loaded = load_network(network)
+    loaded = load_network(network, own=backbone)
     dense = loaded.task == "segmentation"
     require(dense or not probabilities, "probabilities of a classification are in predictions.csv, without the flag")
     folder = out or Path(f"runs/{datetime.now():%Y%m%d-%H%M%S}-predict")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coverfast.checks import InputError, per_axis, printable, require
+from coverfast.cli.options import OwnBackbone
 
 if TYPE_CHECKING:
     from coverfast.ingest import Source
@@ -29,6 +30,7 @@ def visualize(
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws other views.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D image.")] = None,
+    backbone: OwnBackbone = None,
 ) -> None:
     """Show what a pretrained network makes of images: views, fields, features, matches.
 
@@ -44,7 +46,7 @@ def visualize(
 
     need_matplotlib()
     found = scan(images)
-    restored = restore_method(checkpoint, choose_device(device))
+    restored = restore_method(checkpoint, choose_device(device), own=backbone, tell=print)
     preprocessing, notes = learned_preprocessing(restored.preprocessing)
     metrics = load_metrics(restored.metrics) if restored.metrics else {}
     folder = out or Path(f"runs/{datetime.now():%Y%m%d-%H%M%S}-visualize")
@@ -85,12 +87,12 @@ def _batch(source: Source, restored: Restored, preprocessing: dict[str, Any], se
     """An image as a batch of one, as training saw those of the shard."""
     import torch
 
-    from coverfast.backbones import UNet
+    from coverfast.backbones import Backbone
     from coverfast.ingest import preprocess, read_source
     from coverfast.methods import Batch
 
     method, path = restored.method, source.path
-    assert isinstance(method.backbone, UNet)
+    assert isinstance(method.backbone, Backbone)
     sample = read_source(source, volume=volume)
     ndim, channels = method.pyramid.ndim, method.backbone.in_channels
     require(

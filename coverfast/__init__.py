@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from coverfast.backbones import UNet as UNet
     from coverfast.backbones import load_backbone as load_backbone
+    from coverfast.backbones import load_pyramid as load_pyramid
     from coverfast.checks import InputError as InputError
     from coverfast.geometry import AffineDVF as AffineDVF
     from coverfast.geometry import affine_dvf as affine_dvf
@@ -51,6 +52,7 @@ _HOME = {
     "end_point_error": "ops.losses",
     "inside_mask": "geometry",
     "load_backbone": "backbones",
+    "load_pyramid": "backbones",
     "make_views": "views",
     "mov": "ops.mov",
     "upsample_dvf": "geometry",

@@ -221,6 +221,15 @@ def downsample_dvf(dvf: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return 0.5 * dvf, mask
 
 
+def check_stride(name: str, size: Sequence[int], stride: int) -> None:
+    """Refuse a size that is no multiple of the coarsest stride of a network."""
+    if any(s % stride or s < stride for s in size):
+        raise InputError(
+            f"{name} must have a size divisible by {stride}, the coarsest stride of the network, on every axis, got "
+            f"{tuple(int(s) for s in size)}"
+        )
+
+
 def level_size(size: Sequence[int], levels: int) -> tuple[int, ...]:
     """Size of the coarsest of `levels` pyramid levels; refuses a size that cannot be halved so often."""
     divisor = 2 ** (levels - 1)

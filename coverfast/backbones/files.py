@@ -3,68 +3,133 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
-from coverfast.backbones.unet import UNet
+from coverfast.backbones.base import Backbone
+from coverfast.backbones.choosing import Unavailable, build
+from coverfast.backbones.reports import load_state
 from coverfast.checks import InputError, require
+from coverfast.pyramid import VectorPyramid
 
 _FORMAT = "coverfast-backbone"
+_PYRAMID = "pyramid."
+
+#: Takes a line for people.
+Tell = Callable[[str], object]
 
 
-def backbone_bytes(backbone: UNet, *, config: dict[str, Any], preprocessing: dict[str, Any]) -> bytes:
-    """The backbone as the bytes of a safetensors file that `load_backbone` reads.
+def backbone_bytes(
+    backbone: Backbone,
+    *,
+    config: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+    pyramid: VectorPyramid | None = None,
+) -> bytes:
+    """The backbone as the bytes of a safetensors file that `load_backbone` reads, weights under its own names.
 
-    `config` (the run's settings) and `preprocessing` (how the shard was made) travel in the metadata.
+    `config` (the run's settings) and `preprocessing` (how the shard was made) travel in the metadata. With a
+    `pyramid` the file holds that too, for `load_pyramid`.
     """
-    about = {"backbone": describe(backbone), "config": config, "preprocessing": preprocessing}
-    return to_bytes(backbone, _FORMAT, about)
+    about = {"backbone": backbone.description, "config": config, "preprocessing": preprocessing}
+    tensors = dict(backbone.core.state_dict())
+    if pyramid is not None:
+        tensors |= {_PYRAMID + name: value for name, value in pyramid.state_dict().items()}
+        about["pyramid"] = {
+            "ndim": pyramid.ndim,
+            "channels": pyramid.channels,
+            "groups": pyramid.groups,
+            "head_dim": pyramid.head_dim,
+            "window": pyramid.windows,
+        }
+    return to_bytes(tensors, _FORMAT, about)
 
 
-def to_bytes(module: nn.Module, kind: str, about: Mapping[str, Any]) -> bytes:
-    """The weights of a module as the bytes of a safetensors file of a `kind`, with JSON-able facts as its metadata."""
+def to_bytes(tensors: Mapping[str, Tensor], kind: str, about: Mapping[str, Any]) -> bytes:
+    """Tensors as the bytes of a safetensors file of a `kind`, with JSON-able facts as its metadata."""
     metadata = {"format": kind, "version": "1"} | {name: json.dumps(value) for name, value in about.items()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    return save(tensors, metadata)
+    whole: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        # A tensor under two names is written twice: whoever reads the file need not know that the two are one.
+        whole[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return save(whole, metadata)
 
 
-def describe(backbone: UNet) -> dict[str, Any]:
-    """What `build` needs to make the network again, JSON-able."""
-    return {
-        "kind": "unet",
-        "ndim": backbone.ndim,
-        "in_channels": backbone.in_channels,
-        "channels": list(backbone.channels),
-    }
+def load_backbone(
+    path: str | Path,
+    *,
+    strict: bool = True,
+    in_channels: int | None = None,
+    own: str | None = None,
+    tell: Tell | None = print,
+) -> Backbone:
+    """The trained backbone of a `backbone.safetensors` or of the run folder that holds one, on the CPU, evaluating.
 
+    Nothing in the file is executed, and its metadata never decide what code is imported.
 
-def build(description: Mapping[str, Any]) -> UNet:
-    """A network as `describe` said it, its weights drawn anew; ValueError or TypeError for what is none."""
-    values = dict(description)
-    require(values.pop("kind") == "unet", "its kind is unknown")
-    return UNet(**values)
-
-
-def load_backbone(path: str | Path) -> UNet:
-    """The trained backbone of a `backbone.safetensors`, on the CPU, in evaluation mode.
+    Args:
+        path: file or folder.
+        strict: whether the file must hold exactly the tensors of the network that it describes. False loads what fits.
+        in_channels: N for images of N channels where the backbone is one for a single channel: its first convolution is
+            adapted, so that an image repeated in all channels gives the same features.
+        own: the code that makes the network where that is one of the user's, "package.module:factory" or
+            "file.py:factory".
+        tell: takes one line, which tensors were matched, missing, unexpected, reshaped; None for silence.
 
     Raises:
-        InputError: when the file is missing, damaged, no coverfast backbone, or does not hold exactly the tensors
-            of the network its metadata describes.
+        InputError: when the file is missing, damaged, no coverfast backbone, or does not hold the tensors of the
+            network its metadata describe.
     """
+    path = backbone_file(path)
     state, metadata = read_backbone(path)
     with described(path):
-        backbone = build(json.loads(metadata["backbone"]))
-    load_state(backbone, state, str(path))
+        description = json.loads(metadata["backbone"])
+        channels = description["in_channels"]
+    require(
+        in_channels in (None, channels) or channels == 1,
+        f"in_channels must be {channels}, those of {path}, for a backbone of one channel alone is adapted, got "
+        f"{in_channels}",
+    )
+    with described(path), torch.random.fork_rng(devices=[]):
+        backbone = build({**description, "in_channels": in_channels or channels}, own=own)
+    report = load_state(backbone.core, state, str(path), strict=strict, adapt=in_channels or 0)
+    if tell:
+        tell(f"{path}: {report}")
     return backbone.eval()
+
+
+def load_pyramid(path: str | Path, *, tell: Tell | None = print) -> VectorPyramid:
+    """The vector pyramid of a `backbone.safetensors` that holds one, on the CPU, evaluating. Arguments as above.
+
+    Raises:
+        InputError: as above, and when the file holds none.
+    """
+    path = backbone_file(path)
+    tensors, metadata = _read(path)
+    require("pyramid" in metadata, f"{path} must hold a pyramid beside the backbone, but it has the backbone alone")
+    with described(path), torch.random.fork_rng(devices=[]):
+        pyramid = VectorPyramid(**json.loads(metadata["pyramid"]))
+    own = {n.removeprefix(_PYRAMID): value for n, value in tensors.items() if n.startswith(_PYRAMID)}
+    report = load_state(pyramid, own, f"the pyramid of {path}")
+    if tell:
+        tell(f"{path}: pyramid: {report}")
+    return pyramid.eval()
+
+
+def backbone_file(path: str | Path) -> Path:
+    """The `backbone.safetensors` itself, also of a run folder."""
+    path = Path(path)
+    return path / "backbone.safetensors" if path.is_dir() else path
 
 
 @contextmanager
@@ -72,12 +137,21 @@ def described(path: str | Path) -> Iterator[None]:
     """Say of a file that its metadata are at fault when what is built from them fails."""
     try:
         yield
+    except Unavailable as error:
+        raise InputError(f"{path} cannot be built here: {error}") from None
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, MemoryError) as error:
         raise InputError(f"{path} must describe its network, but its metadata do not: {error}") from None
 
 
 def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a backbone file, checked to be one of ours."""
+    """Tensors and metadata of a backbone file, checked to be one of ours; those of a pyramid are left out."""
+    tensors, metadata = _read(path)
+    if "pyramid" in metadata:
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(_PYRAMID)}
+    return tensors, metadata
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return read_tensors(path, _FORMAT, "backbone")
 
 
@@ -104,45 +178,3 @@ def read_tensors(path: str | Path, kind: str, what: str) -> tuple[dict[str, Tens
     version = metadata.get("version")
     require(version == "1", f"{path} must be a {what} file of version 1, got version {version}")
     return state, metadata
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What a set of tensors did to a network: names by outcome."""
-
-    matched: list[str]
-    missing: list[str]
-    unexpected: list[str]
-    reshaped: list[str]
-
-    def __str__(self) -> str:
-        """Counts of every outcome, and the first names of all but the matched."""
-        parts = [f"{len(self.matched)} matched"]
-        for outcome in ("missing", "unexpected", "reshaped"):
-            names = getattr(self, outcome)
-            shown = names[:3] + ([f"and {len(names) - 3} more"] if len(names) > 3 else [])
-            parts.append(f"{len(names)} {outcome}" + (f" ({', '.join(shown)})" if names else ""))
-        return ", ".join(parts)
-
-
-def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> LoadReport:
-    """Load tensors into a network, all of them or none.
-
-    Raises:
-        InputError: with the report, unless every tensor of the network is there with its shape, and no other.
-    """
-    own = module.state_dict()
-    report = LoadReport(
-        matched=[n for n in own if n in state and state[n].shape == own[n].shape],
-        missing=[n for n in own if n not in state],
-        unexpected=[n for n in state if n not in own],
-        reshaped=[
-            f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}"
-            for n in own
-            if n in state and state[n].shape != own[n].shape
-        ],
-    )
-    require(len(report.matched) == len(own) == len(state), f"{source} does not fit the network: {report}")
-    with torch.no_grad():
-        module.load_state_dict(state)
-    return report

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from coverfast.backbones.base import Backbone
 from coverfast.checks import InputError, check_map, require, shape_of
 from coverfast.geometry import level_size
 
@@ -34,7 +36,7 @@ class DoubleConv(nn.Sequential):
         super().__init__(*layers)
 
 
-class UNet(nn.Module):
+class UNet(Backbone):
     """U-Net that returns the feature maps of its levels, coarse to fine.
 
     Down: 2^n max-pooling; up: linear up-sampling in half-pixel geometry and concatenation. With one input channel
@@ -63,16 +65,27 @@ class UNet(nn.Module):
             f"channels must be an odd number of at least 3 positive multiples of 8, got {channels}",
         )
         self.ndim, self.in_channels, self.channels = ndim, in_channels, channels
-        self.levels, self.recompute = (len(channels) + 1) // 2, False
-        encoder, decoder = channels[: self.levels], channels[self.levels :]
-        self.feature_channels = channels[self.levels - 1 :]
-        self.strides = tuple(2**i for i in reversed(range(self.levels)))
+        self.recompute = False
+        levels = (len(channels) + 1) // 2
+        encoder, decoder = channels[:levels], channels[levels:]
+        self.feature_channels = channels[levels - 1 :]
+        self.strides = tuple(2**i for i in reversed(range(levels)))
         self.stem = DoubleConv(ndim, in_channels, encoder[0])
         self.down = nn.ModuleList(DoubleConv(ndim, a, b) for a, b in pairwise(encoder))
         self.up = nn.ModuleList(
             DoubleConv(ndim, below + skip, out)
             for below, skip, out in zip(self.feature_channels, reversed(encoder[:-1]), decoder, strict=False)
         )
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """See `Backbone`."""
+        return {
+            "kind": "unet",
+            "ndim": self.ndim,
+            "in_channels": self.in_channels,
+            "channels": list(self.channels),
+        }
 
     @property
     def modules_in_order(self) -> list[nn.Module]:

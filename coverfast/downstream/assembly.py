@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from coverfast.backbones import UNet, load_backbone, read_backbone
+from coverfast.backbones import Backbone, backbone_file, build, choose, read_backbone
+from coverfast.backbones.base import title
+from coverfast.backbones.choosing import parsed
 from coverfast.backbones.files import described
 from coverfast.checks import InputError, require
 from coverfast.downstream.network import Network
@@ -26,13 +29,16 @@ from coverfast.shard_set import ShardSet
 from coverfast.training.assembly import crop_of
 from coverfast.training.data import batches
 from coverfast.training.restore import restore_method
+from coverfast.training.settings import preset_settings
 
 
 def build_task(s: FinetuneSettings, shards: ShardSet) -> Task:
     """The task of a run, on the CPU, its weights drawn from the seed; equal heads for equal seeds."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(s.seed)
-        backbone = UNet(shards.ndim, shards.channels, s.unet_channels())
+        unet = s.unet_channels() if s.backbone == "unet" else ()
+        named = {"ndim": shards.ndim, "in_channels": shards.channels}
+        backbone = choose(s.backbone, s.backbone_args, channels=unet, **named)
         torch.manual_seed(s.seed)
         names, values = classes_of(s.task, shards)
         crop = crop_of(s, shards.ndim)
@@ -49,9 +55,11 @@ def standardise(task: Task, s: FinetuneSettings, shards: ShardSet) -> None:
     stream = ImageStream(shards, batch=batch, seed=s.seed, regions=task.regions, labels=task.segments)
     stream.on_bad_sample = s.on_bad_sample
     loaded = (to_device(stream.load(1 + i), device) for i in range(-(-_FITTED // batch)))
+    task.eval()  # a look at features moves no running statistics
     with torch.no_grad():
         seen = (task.prepare(found).images for found in batches(loaded, s.seed, lambda reason: None))
         task.network.standard.fit(task.network.features(images) for images in seen)
+    task.train()
 
 
 def classes_of(task: str, shards: ShardSet, name: str = "data") -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -83,35 +91,73 @@ _HOW = {
 }
 
 
-def pretrained(path: str, ndim: int, channels: int) -> tuple[UNet, dict[str, Any], str]:
-    """The backbone of a file, a run folder or a checkpoint, the preprocessing of its images, and the file's SHA-256.
+class Pretrained(NamedTuple):
+    """Weights to start from. preprocessing: how the images they were learned from were made. sha256: of the file."""
 
-    It is checked to be for images of `ndim` axes and `channels`.
+    description: dict[str, Any]
+    tensors: dict[str, Tensor]
+    preprocessing: dict[str, Any]
+    sha256: str
+
+
+def pretrained(path: str, ndim: int, channels: int, *, own: str | None = None, adapt: bool = False) -> Pretrained:
+    """The backbone of a file, a run folder or a checkpoint, checked to be for images of `ndim` axes and `channels`.
+
+    own: see `coverfast.load_backbone`. adapt: whether one for a single channel will do.
 
     Raises:
         InputError: when there is none, it is damaged, or for other images. Nothing in a file is executed.
     """
-    place = Path(path)
-    if place.is_dir():
-        place = place / "backbone.safetensors"
-        require(place.is_file(), f"init must be a backbone or a finished run, but {place} does not exist")
+    place = backbone_file(path)
+    require(place.is_file(), f"init must be a backbone or a finished run, but {place} does not exist")
     if place.suffix == ".pt":
-        restored = restore_method(place)  # checks its kind
+        restored = restore_method(place, own=own)  # checks its kind
         found, about = restored.method.backbone, restored.preprocessing
-        assert isinstance(found, UNet)
+        assert isinstance(found, Backbone)
+        tensors = found.core.state_dict()
     else:
-        found = load_backbone(place)
-        with described(place):
-            about = json.loads(read_backbone(place)[1]["preprocessing"])
+        tensors, metadata = read_backbone(place)
+        with described(place), torch.random.fork_rng(devices=[]):
+            found = build(json.loads(metadata["backbone"]), own=own)
+            about = json.loads(metadata["preprocessing"])
     require(
         found.ndim == ndim,
         f"init must be a backbone for {ndim}D images like data, but {place} is for {found.ndim}D ones",
     )
+    if found.in_channels != channels:
+        require(
+            adapt and found.in_channels == 1,
+            f"init must be a backbone for {channels} channel(s) like data, but {place} is for {found.in_channels}"
+            + ("; --adapt-input adapts its first convolution" if found.in_channels == 1 else ""),
+        )
+    return Pretrained(found.description, tensors, about, hashlib.sha256(place.read_bytes()).hexdigest())
+
+
+def with_backbone(s: FinetuneSettings, description: Mapping[str, Any]) -> FinetuneSettings:
+    """The settings of a run whose backbone is one that was pretrained.
+
+    Raises:
+        InputError: when another one was asked for.
+    """
+    if description["kind"] == "unet":
+        require(s.backbone == "unet", f"backbone must be left to --init, which has a U-Net, got {s.backbone}")
+        channels = tuple(description["channels"])
+        usual = preset_settings(s.preset, FinetuneSettings).channels
+        require(
+            s.channels in (usual, channels, channels[: (len(channels) + 1) // 2]),
+            f"channels must be left to the backbone with --init, which has {channels}, got {s.channels}",
+        )
+        return replace(s, channels=channels)
+    name = s.backbone if description["kind"] == "own" else title(description)
+    args = tuple(f"{key}={value!r}" for key, value in description["args"].items())
+    require(s.backbone in ("unet", name), f"backbone must be left to --init, which has {name}, got {s.backbone}")
     require(
-        found.in_channels == channels,
-        f"init must be a backbone for {channels} channel(s) like data, but {place} is for {found.in_channels}",
+        not s.backbone_args or parsed(s.backbone_args) == description["args"],
+        f"backbone_args must be left to --init, which has {list(args)}, got {list(s.backbone_args)}",
     )
-    return found, about, hashlib.sha256(place.read_bytes()).hexdigest()
+    found = replace(s, backbone=name, backbone_args=args)
+    found.check()
+    return found
 
 
 def choose_cases(s: FinetuneSettings, shards: ShardSet) -> ShardSet:

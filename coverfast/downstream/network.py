@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from coverfast.backbones import UNet, load_state
-from coverfast.backbones.files import build, describe, described, read_tensors, to_bytes
+from coverfast.backbones import Backbone, build, load_state
+from coverfast.backbones.files import Tell, described, read_tensors, to_bytes
 from coverfast.checks import check_choice, per_axis, require
 from coverfast.downstream.settings import TASKS
 from coverfast.geometry import Size
@@ -56,11 +57,12 @@ class Standard(nn.Module):
 class Network(nn.Module):
     """A backbone with a head (SPEC 8, COVER Sec. C.2.2).
 
-    Segmentation: the finest features and a 1x1 convolution. Classification: the encoder's coarsest features, their mean
-    over all pixels and a linear layer; the decoder takes no part. Both see the features through `Standard`.
+    Segmentation: the finest features and a 1x1 convolution, whose logits are up-sampled linearly where the features are
+    coarser than the image. Classification: the coarsest features, of the U-Net's encoder alone, their mean over all
+    pixels and a linear layer. Both see the features through `Standard`.
 
     Args:
-        backbone: the U-Net.
+        backbone: the network that makes the features.
         task: "segmentation" or "classification".
         names: of the classes; the first one of a segmentation is the background.
         values: what stands for each class in a label map; default 0, 1, 2, ...
@@ -70,7 +72,7 @@ class Network(nn.Module):
 
     def __init__(
         self,
-        backbone: UNet,
+        backbone: Backbone,
         task: str,
         names: Sequence[str],
         values: Sequence[int] | None = None,
@@ -112,13 +114,26 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images `(B, C, *S)` in [0, 1], float32: `(B, K, *S)` of every pixel, or `(B, K)` of each image."""
-        return self.head(self.standard(self.features(images))).float()
+        logits = self.head(self.standard(self.features(images))).float()
+        if self.task == "segmentation" and self.backbone.strides[-1] > 1:
+            mode = {2: "bilinear", 3: "trilinear"}[self.ndim]
+            logits = F.interpolate(
+                logits, scale_factor=float(self.backbone.strides[-1]), mode=mode, align_corners=False
+            )
+        return logits
 
     def features(self, images: Tensor) -> Tensor:
         """What the head sees, before it is standardised: `(B, C_f, *S)`, or `(B, C_f)` of whole images."""
         if self.task == "segmentation":
             return self.backbone(images)[-1]
         return self.backbone.encode(images)[-1].flatten(2).mean(-1)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode; a backbone that does not learn stays as it is, batch norms and dropout too."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.backbone.parameters()):
+            self.backbone.eval()
+        return self
 
     def train_last(self, count: int) -> None:
         """Let the head and the last `count` stages of the backbone that the task uses learn; -1 for all of them.
@@ -137,23 +152,29 @@ class Network(nn.Module):
         self.backbone.requires_grad_(False)
         for stage in stages if count < 0 else stages[len(stages) - count :]:
             stage.requires_grad_(True)
+        self.train(self.training)
 
 
 def network_bytes(network: Network, about: Mapping[str, Any]) -> bytes:
     """The network as the bytes of a safetensors file that `load_network` reads; `about` is JSON-able and for people."""
     facts = {
-        "backbone": describe(network.backbone),
+        "backbone": network.backbone.description,
         "task": network.task,
         "names": network.names,
         "values": network.values,
         "crop": network.crop,
         "preprocessing": network.preprocessing,
     }
-    return to_bytes(network, _FORMAT, facts | {"about": dict(about)})
+    return to_bytes(network.state_dict(), _FORMAT, facts | {"about": dict(about)})
 
 
-def load_network(path: str | Path) -> Network:
+def load_network(path: str | Path, *, own: str | None = None, tell: Tell | None = print) -> Network:
     """The network of a `network.safetensors` or of the run folder that holds one, on the CPU, in evaluation mode.
+
+    Args:
+        path: file or folder.
+        own: the code that makes the backbone where that is one of the user's, see `coverfast.load_backbone`.
+        tell: takes one line, which tensors were matched; None for silence.
 
     Raises:
         InputError: when the file is missing, damaged, no coverfast network, or does not hold exactly the tensors of
@@ -165,14 +186,16 @@ def load_network(path: str | Path) -> Network:
         facts = {name: json.loads(text) for name, text in metadata.items() if name not in ("format", "version")}
         with torch.random.fork_rng(devices=[]):
             network = Network(
-                build(facts["backbone"]),
+                build(facts["backbone"], own=own),
                 facts["task"],
                 facts["names"],
                 facts["values"],
                 crop=facts["crop"],
                 preprocessing=facts["preprocessing"],
             )
-    load_state(network, state, str(path))
+    report = load_state(network, state, str(path))
+    if tell:
+        tell(f"{path}: {report}")
     return network.eval()
 
 

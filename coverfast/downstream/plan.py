@@ -11,15 +11,20 @@ from typing import Any
 import torch
 
 from coverfast.backbones import load_state
-from coverfast.checks import require
-from coverfast.downstream.assembly import build_task, check_classes, choose_cases, pretrained, standardise
+from coverfast.downstream.assembly import (
+    build_task,
+    check_classes,
+    choose_cases,
+    pretrained,
+    standardise,
+    with_backbone,
+)
 from coverfast.downstream.finetuning import Finetuning
 from coverfast.downstream.settings import FinetuneSettings
-from coverfast.geometry import level_size
+from coverfast.geometry import check_stride, level_size
 from coverfast.shard_set import ShardSet
-from coverfast.training.assembly import check_batch, choose_device, crop_of
+from coverfast.training.assembly import backbone_notes, check_batch, choose_device, crop_of
 from coverfast.training.engine import Engine
-from coverfast.training.settings import preset_settings
 from coverfast.training.starting import check_shards, new_run, resumed_run, validation_set
 from coverfast.training.world import World
 
@@ -50,15 +55,15 @@ def _assemble(
         s = replace(s, task="segmentation" if shards.label_classes else "classification")
         s.check()
         notes.append(f"task {s.task}, for what the labels of {shards.paths[0]} are")
-    state, digest = None, ""
+    found = None
     if s.init and new:
-        backbone, about, digest = pretrained(s.init, shards.ndim, shards.channels)
-        _check_channels(s, backbone.channels)
-        s, state = replace(s, channels=backbone.channels), backbone.state_dict()
-        _note_preprocessing(notes, "the backbone learned from images", about, shards)
+        found = pretrained(s.init, shards.ndim, shards.channels, own=s.own, adapt=s.adapt_input)
+        s = with_backbone(s, found.description)
+        _note_preprocessing(notes, "the backbone learned from images", found.preprocessing, shards)
     check_batch(s, world)
     crop, val = crop_of(s, shards.ndim), validation_set(s, shards)
-    level_size(crop, (len(s.unet_channels()) + 1) // 2)
+    if s.backbone == "unet":
+        level_size(crop, (len(s.unet_channels()) + 1) // 2)
     whole, shards = shards, choose_cases(s, shards)
     check_shards(s, shards, val, crop)
     check_classes(s, shards, val, look=new)
@@ -72,23 +77,18 @@ def _assemble(
     if s.threads:
         torch.set_num_threads(s.threads)
     task = build_task(s, shards)
-    if state is not None:
-        notes.append(f"backbone from {s.init}: {load_state(task.backbone, state, s.init)}")
+    check_stride("crop", crop, task.backbone.strides[0])
+    notes += backbone_notes(task.backbone, s, world)
+    if found is not None:
+        adapt = shards.channels if s.adapt_input else 0
+        report = load_state(task.backbone.core, found.tensors, s.init, strict=not s.partial, adapt=adapt)
+        notes.append(f"backbone from {s.init}: {report}")
     if new and not rehearsal:
         standardise(task.to(device), s, shards)
     learning = sum(p.numel() for p in task.parameters() if p.requires_grad)
     notes.append(f"{learning:,} of {sum(p.numel() for p in task.parameters()):,} weights learn")
     engine = Engine(task, s, device, world)
-    return Finetuning(s, None, shards, val, engine, 1, notes, world, init_sha256=digest)
-
-
-def _check_channels(s: FinetuneSettings, channels: tuple[int, ...]) -> None:
-    """Refuse channels that were asked for and are not the backbone's."""
-    usual = preset_settings(s.preset, FinetuneSettings).channels
-    require(
-        s.channels in (usual, channels, channels[: (len(channels) + 1) // 2]),
-        f"channels must be left to the backbone with --init, which has {channels}, got {s.channels}",
-    )
+    return Finetuning(s, None, shards, val, engine, 1, notes, world, init_sha256=found.sha256 if found else "")
 
 
 def _note_preprocessing(notes: list[str], what: str, about: Mapping[str, Any], shards: ShardSet) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coverfast.augment import augment
-from coverfast.backbones import UNet
+from coverfast.backbones import Backbone
 from coverfast.checks import require
 from coverfast.downstream.losses import class_sums, cross_entropy_sum, soft_dice_loss, weight_sum
 from coverfast.downstream.network import Network
@@ -60,7 +60,7 @@ class Task(Method):
         self.register_buffer("weights", torch.tensor(weights), persistent=False)
 
     @property
-    def backbone(self) -> UNet:
+    def backbone(self) -> Backbone:
         """What the engine knows a method by."""
         return self.network.backbone
 

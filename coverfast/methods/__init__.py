@@ -96,7 +96,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def count(self, prepared: Any) -> Tensor:
-        """What the losses divide by, a float64 scalar: it adds up over the parts of a batch."""
+        """What the losses divide by, float64, one number or a vector: it adds up over the parts of a batch."""
 
     @abstractmethod
     def forward(self, prepared: Any, denominator: Tensor | None = None) -> Outcome:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from coverfast.checks import check_choice, per_axis
-from coverfast.geometry import Size, inside_mask
+from coverfast.geometry import Size, downsample_dvf, inside_mask, upsample_dvf
 from coverfast.methods import Batch, Method, Outcome
 from coverfast.ops.dispatch import IMPLEMENTATIONS
 from coverfast.ops.losses import consistency_loss, field_errors
@@ -36,7 +36,10 @@ class Cover(Method):
     """Vector contrastive learning: recover the field between two views of each image (COVER Sec. 3).
 
     Args:
-        backbone: maps `(B, C, *S)` to feature maps, coarse to fine.
+        backbone: maps `(B, C, *S)` to feature maps, coarse to fine. Where the finest is not of the image's size it
+            says so by `strides`, as a `coverfast.backbones.Backbone` does: its field is then up-sampled to the image
+            (`upsample_dvf`), and the consistency of the features is that of their own grid, on which the true field is
+            the mean over the pixels that each covers (SPEC 6).
         pyramid: predicts the field from the maps of both views.
         crop: size of the views.
         settings: ranges of the view transforms.
@@ -58,6 +61,8 @@ class Cover(Method):
         check_choice("impl", impl, IMPLEMENTATIONS)
         self.backbone, self.pyramid = backbone, pyramid
         self.crop, self.settings, self.pad, self.impl = crop, settings or ViewSettings(), pad, impl
+        #: Doublings from the finest features to the image.
+        self.doublings = int(getattr(backbone, "strides", (1,))[-1]).bit_length() - 1
         self.regions = ViewRegions(per_axis("crop", crop, pyramid.ndim), self.settings)
 
     @torch.no_grad()
@@ -73,9 +78,26 @@ class Cover(Method):
         )
 
     def count(self, views: Views) -> Tensor:
-        """Pixels that both views show, `sum_p eps(p)`."""
+        """Pixels that both views show, `sum_p eps(p)`; `(2,)` with those of the finest features if fewer."""
         shown = views.shown if isinstance(views.shown, Tensor) else inside_mask(views.target)
-        return shown.sum(dtype=torch.float64)
+        count = shown.sum(dtype=torch.float64)
+        if not self.doublings:
+            return count
+        return torch.stack([count, self.truth(views)[1].sum(dtype=torch.float64)])
+
+    def truth(self, views: Views) -> tuple[Tensor, Tensor]:
+        """The true field on the grid of the finest features, in its pixels, and which of these count."""
+        field = views.dvf
+        shown = views.shown if isinstance(views.shown, Tensor) else inside_mask(field)
+        for _ in range(self.doublings):
+            field, shown = downsample_dvf(field, shown)
+        return field, shown
+
+    def at_image_size(self, field: Tensor) -> Tensor:
+        """The field of the finest level in pixels of the image."""
+        for _ in range(self.doublings):
+            field = upsample_dvf(field, [2 * s for s in field.shape[2:]])
+        return field
 
     def match(self, views: Views) -> Matched:
         """Predict the field between the views."""
@@ -88,21 +110,29 @@ class Cover(Method):
     def forward(self, views: Views, denominator: Tensor | None = None) -> Outcome:
         """The loss, and sums over the pixels that both views show, see `figures`."""
         matched = self.match(views)
+        compared: Tensor | None = None
         if denominator is not None:
             denominator = denominator.clamp(min=1)
-        field, (feat_a, feat_b) = matched.levels[-1], matched.features[-1].chunk(2)
+            if self.doublings:
+                denominator, compared = denominator.unbind()
+        field, (feat_a, feat_b) = self.at_image_size(matched.levels[-1]), matched.features[-1].chunk(2)
         found = field_errors(field, views.target, views.shown, denominator=denominator, impl=self.impl)
-        con = consistency_loss(feat_a, feat_b, views.target, views.shown, denominator=denominator, impl=self.impl)
+        truth, shown = self.truth(views) if self.doublings else (views.target, views.shown)
+        over_con = compared if self.doublings else denominator
+        con = consistency_loss(feat_a, feat_b, truth, shown, denominator=over_con, impl=self.impl)
         with torch.no_grad():
             pixels = field[:, 0].numel()
             count = (found.mask * pixels).round()
             over = count.clamp(min=1) if denominator is None else denominator
+            of_features = shown.sum(dtype=torch.float64) if isinstance(shown, Tensor) and self.doublings else count
+            over_con = of_features.clamp(min=1) if over_con is None else over_con
             sums = {
                 "l1": found.l1.double() * over,
                 "l2": found.epe.double() * count,
                 "still": found.still.double() * count,
-                "cosine": (1 - con.double()) * over,
+                "cosine": (1 - con.double()) * over_con,
                 "count": count,
+                "compared": of_features,
                 "pixels": torch.full_like(count, pixels),
             }
         seen = ([x.detach() for x in matched.levels], [x.detach() for x in matched.features])
@@ -115,7 +145,7 @@ class Cover(Method):
         `mask` the share of pixels that are (SPEC 6).
         """
         count = max(1.0, sums["count"])
-        vec, con = sums["l1"] / count, 1 - sums["cosine"] / count
+        vec, con = sums["l1"] / count, 1 - sums["cosine"] / max(1.0, sums["compared"])
         ratio = sums["l2"] / max(sums["still"], 1e-6 * count) if sums["count"] else float("nan")
         return {
             "loss": vec + con,

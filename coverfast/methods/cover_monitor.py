@@ -46,30 +46,38 @@ def look(method: Cover, matched: Matched, iteration: int) -> dict[str, Tensor]:
 
     Returns:
         On the device: `errors` `(L, 3)` float64, of each level the sums of the end-point error and of that of no
-        displacement over the pixels that count, and their number; `beyond` and `flat`, scalars, float64, numbers of
-        counting pixels of the finest level; `samples` and `neighbours` `(POINTS, C)` float32, finest features of view
-        b at a pixel and beside it; `counts` `(POINTS,)` bool, whether both pixels count; `coarse`
-        `(COARSE_POINTS, C_0)` float32, coarsest features of view b.
+        displacement over the pixels that count, and their number; `beyond`, `flat` and `pixels`, scalars, float64,
+        numbers of counting pixels of the image, the last of all of them; `samples` and `neighbours` `(POINTS, C)`
+        float32, finest features of view b at a pixel and beside it; `counts` `(POINTS,)` bool, whether both pixels
+        count; `coarse` `(COARSE_POINTS, C_0)` float32, coarsest features of view b.
     """
     views, levels, features = matched
     truth = views.dvf
     mask = views.shown if isinstance(views.shown, Tensor) else inside_mask(truth)
     far = torch.zeros_like(mask[:, 0])
     for axis, reach in enumerate(method.pyramid.reach):
-        far |= truth[:, axis].abs() > reach
-    flat = _featureless(views.x_b, mask, method.pyramid.windows[-1])
+        far |= truth[:, axis].abs() > reach * 2**method.doublings
+    flat = _featureless(views.x_b, mask, _in_image(method.pyramid.windows[-1], method.doublings))
+    beyond = {
+        "beyond": (far & mask[:, 0]).sum(dtype=torch.float64),
+        "flat": (flat & mask).sum(dtype=torch.float64),
+        "pixels": mask.sum(dtype=torch.float64),
+    }
+    target, shown = views.target, views.shown
+    if method.doublings:
+        truth, mask = method.truth(views)
+        target, shown = truth, mask
     fine, coarse = (x[len(x) // 2 :].movedim(1, -1) for x in (features[-1], features[0]))
     at = _points(iteration, POINTS, fine)
     beside = _beside(at, fine.shape[1:-1])
     found = {
-        "beyond": (far & mask[:, 0]).sum(dtype=torch.float64),
-        "flat": (flat & mask).sum(dtype=torch.float64),
+        **beyond,
         "samples": fine[at].float(),
         "neighbours": fine[beside].float(),
         "counts": mask[:, 0][at] & mask[:, 0][beside],
         "coarse": coarse[_points(iteration, COARSE_POINTS, coarse)].float(),
     }
-    errors = [_error_sums(levels[-1], views.target, views.shown, method.impl)]
+    errors = [_error_sums(levels[-1], target, shown, method.impl)]
     for field in reversed(levels[:-1]):
         truth, mask = downsample_dvf(truth, mask)
         errors.append(_error_sums(field, truth, mask, method.impl))
@@ -101,7 +109,7 @@ def figures(found: Mapping[str, NDArray[Any]]) -> dict[str, float]:
     out = {f"epe_{level}": l2 / max(1.0, count) for level, (l2, _, count) in enumerate(rows)}
     for level, (l2, still, count) in enumerate(rows):
         out[f"ratio_{level}"] = l2 / max(still, 1e-6 * count) if count else float("nan")
-    count = rows[-1][2] or float("nan")
+    count = float(found["pixels"]) or float("nan")
     out |= {"beyond_reach": float(found["beyond"]) / count, "background": float(found["flat"]) / count}
     counts = found["counts"]
     out |= dispersion(found["samples"][counts], found["neighbours"][counts])
@@ -121,6 +129,11 @@ def _featureless(image: Tensor, mask: Tensor, window: Sequence[int]) -> Tensor:
     spread = _largest(image.masked_fill(~mask, -torch.inf), window)
     spread += _largest((-image).masked_fill_(~mask, -torch.inf), window)
     return (spread < FLAT).all(1, keepdim=True)
+
+
+def _in_image(window: Sequence[int], doublings: int) -> list[int]:
+    """The odd window that covers, in pixels of the image, what one of the finest level does."""
+    return [(w - 1) * 2**doublings + 1 for w in window]
 
 
 def _largest(x: Tensor, window: Sequence[int]) -> Tensor:

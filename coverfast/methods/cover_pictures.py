@@ -35,10 +35,12 @@ def pictures(method: Cover, batch: Batch) -> dict[str, Any]:
     with _evaluating(method):
         views, levels, features = method.match(method.prepare(batch))
         centre, points = marked(views.x_b[0], views.mask[0, 0])
-        weights = [w[0] for w in method.pyramid.weights(features, None, levels, points)]
+        weights = [w[0] for w in method.pyramid.weights(features, None, levels, points // 2**method.doublings)]
     with torch.autocast(batch.images.device.type, enabled=False):  # what is computed here is of no network
-        truth, windows = zip(*(_sought(views.dvf, levels, i, points) for i in range(len(levels))), strict=True)
-        full = [_to_size(field, len(levels) - 1 - i) for i, field in enumerate(levels)]
+        strides = [2 ** (len(levels) - 1 - i + method.doublings) for i in range(len(levels))]
+        sought = (_sought(views.dvf, levels, i, stride, points) for i, stride in enumerate(strides))
+        truth, windows = zip(*sought, strict=True)
+        full = [_to_size(field, stride.bit_length() - 1) for field, stride in zip(levels, strides, strict=True)]
         return {
             "x_a": views.x_a[0],
             "x_b": views.x_b[0],
@@ -54,6 +56,7 @@ def pictures(method: Cover, batch: Batch) -> dict[str, Any]:
             "vectors": [_mean_offset(w) for w in weights],
             "vectors_true": list(truth),
             "windows": list(windows),
+            "dvf_found": full[-1][0],
         }
 
 
@@ -83,14 +86,13 @@ def _mean_offset(weights: Tensor) -> Tensor:
     return weights.flatten(1) @ offsets.to(weights)
 
 
-def _sought(dvf: Tensor, levels: list[Tensor], level: int, points: Tensor) -> tuple[Tensor, Tensor]:
+def _sought(dvf: Tensor, levels: list[Tensor], level: int, stride: int, points: Tensor) -> tuple[Tensor, Tensor]:
     """What a level has to find at the points, and where in view a its window lies.
 
     The first `(K, n)`, px of the level: the vector `w` that makes `w + up(c + w)` the truth, `up` being the field of
     the level above on this grid (COVER Eq. 28); NaN where there is none to be found. The second `(K, n)`, px of the
-    finest level: `c + up(c)`.
+    image: `c + up(c)`.
     """
-    stride = 2 ** (len(levels) - 1 - level)
     at = (points // stride).to(dvf)
     # Truth in pixels of the level: mean over the pixels that each of its own covers.
     pool = F.avg_pool2d if points.shape[1] == 2 else F.avg_pool3d

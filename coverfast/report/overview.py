@@ -69,7 +69,7 @@ def _row(sheet: Sheet, grid: Grid, p: Pictures, plane: Plane, top: float, block:
     if volume:
         sheet.row_name(top, size[1], plane.name)
         sheet.row_name(block + top, size[1], plane.name)
-    predicted = plane.field(p.dvf_levels[-1])
+    predicted = plane.field(p.prediction)
     show(0, a, "view a")
     show(1, b, "view b")
     show(2, dvf_to_rgb(plane.field(p.dvf_true), scale), "true displacement", inside=inside)

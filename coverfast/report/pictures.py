@@ -71,7 +71,8 @@ class Pictures:
         similarity: weights of the window at the points, `(K, *window_l)`, in view a about where the level above points.
         vectors: `(K, n)`, the mean offsets under them, px of the level.
         vectors_true: `(K, n)`, what would have been right; NaN where nothing would.
-        windows: `(K, n)`, where in view a these windows lie, px of the finest level.
+        windows: `(K, n)`, where in view a these windows lie, px of the image.
+        dvf_found: the finest prediction in pixels of the image, `(n, *S)`; None where it is that of the finest level.
     """
 
     x_a: Array
@@ -88,6 +89,7 @@ class Pictures:
     vectors: Sequence[Array]
     vectors_true: Sequence[Array]
     windows: Sequence[Array]
+    dvf_found: Array | None = None
 
     @classmethod
     def of(cls, seen: Mapping[str, Any]) -> Pictures:
@@ -96,7 +98,7 @@ class Pictures:
         def array(value: Any) -> Array:
             return np.asarray(value.cpu() if hasattr(value, "cpu") else value)
 
-        found: dict[str, Any] = {f.name: seen[f.name] for f in fields(cls)}
+        found: dict[str, Any] = {f.name: seen[f.name] for f in fields(cls) if f.name in seen}
         for name, value in found.items():
             found[name] = [array(x) for x in value] if isinstance(value, list) else array(value)
         return cls(**found)
@@ -121,13 +123,15 @@ class Pictures:
             "vectors_true": (count, n),
             "windows": (count, n),
         }
+        if self.dvf_found is not None:
+            expected["dvf_found"] = (n, *size)
         for name, shape in expected.items():
             value = getattr(self, name)
             listed = isinstance(value, list | tuple)
             if listed:
                 require(len(value) == levels, f"{name} must have {levels} entries, one a level, got {len(value)}")
             for level, array in enumerate(value if listed else [value]):
-                stride = 2 ** (levels - 1 - level)
+                stride = self.stride(level)
                 full = [d for s in shape for d in ([s // stride for s in size] if s == "level" else [s])]
                 fits = array.ndim == len(full) and all(f in ("any", s) for f, s in zip(full, array.shape, strict=True))
                 wanted = "(" + ", ".join(map(str, full)) + ")"
@@ -142,7 +146,13 @@ class Pictures:
 
     def stride(self, level: int) -> int:
         """Pixels of the image per pixel of a level."""
-        return 2 ** int(len(self.dvf_levels) - 1 - level)
+        finest = 1 if self.dvf_found is None else max(1, self.size[0] // self.dvf_levels[-1].shape[1])
+        return int(finest * 2 ** (len(self.dvf_levels) - 1 - level))
+
+    @property
+    def prediction(self) -> Array:
+        """The finest prediction at the size of the image, `(n, *S)`, px of the image."""
+        return self.dvf_levels[-1] if self.dvf_found is None else self.dvf_found
 
     @property
     def planes(self) -> list[Plane]:
@@ -169,7 +179,7 @@ class Pictures:
             lengths = np.sqrt((dvf.astype(np.float64) ** 2).sum(axis=0))[inside]
             return float(lengths.mean()) if lengths.size else float("nan")
 
-        still, error = mean(self.dvf_true), mean(self.dvf_levels[-1] - self.dvf_true)
+        still, error = mean(self.dvf_true), mean(self.prediction - self.dvf_true)
         return error, error / still if still > 0 else float("nan")
 
     def summary(self) -> str:

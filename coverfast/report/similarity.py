@@ -48,7 +48,7 @@ def similarity_sheet(pictures: Pictures) -> Sheet | None:
 def _views(sheet: Sheet, grid: Grid, p: Pictures, point: int, plane: Plane, top: float, tall: float) -> None:
     """The pixel in view b; in view a its true place, the predicted one and the windows of all levels."""
     here, place = p.points[point].astype(np.float64), tuple(p.points[point])
-    true, found = (here + field[(slice(None), *place)] for field in (p.dvf_true, p.dvf_levels[-1]))
+    true, found = (here + field[(slice(None), *place)] for field in (p.dvf_true, p.prediction))
     volume, target = plane.axis is not None, plane
     if plane.axis is not None:  # a slice of a through the true place
         target = Plane(plane.axis, int(np.clip(np.rint(true[plane.axis]), 0, plane.size - 1)), plane.size)

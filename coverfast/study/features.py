@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from coverfast.backbones import UNet, load_backbone
+from coverfast.backbones import Backbone, UNet, build, load_backbone
+from coverfast.backbones.base import title
 from coverfast.checks import InputError, require
 from coverfast.disk import explained, write_atomically
 from coverfast.dispersion import effective_rank
@@ -93,29 +94,30 @@ def study_features(
     return result
 
 
-def load_networks(paths: Sequence[str | Path], shards: ShardSet, seed: int) -> dict[str, UNet]:
+def load_networks(paths: Sequence[str | Path], shards: ShardSet, seed: int) -> dict[str, Backbone]:
     """Backbones of files or run folders by name, and with them one of random weights for each architecture.
 
     Raises:
         InputError: for files that are none, names that are the same, and networks that do not fit the shards.
     """
-    found: dict[str, UNet] = {}
+    found: dict[str, Backbone] = {}
     for path in map(Path, paths):
         name = str(path)
         require(name not in found, f"networks must be different ones, got {name} twice")
-        network = load_backbone(path / "backbone.safetensors" if path.is_dir() else path)
+        network = load_backbone(path, tell=None)
         require(
             (network.ndim, network.in_channels) == (shards.ndim, shards.channels),
             f"{name} must be a network for {shards.ndim}D images of {shards.channels} channel(s) like "
             f"{shards.paths[0]}, but it is one for {network.ndim}D images of {network.in_channels} channel(s)",
         )
         found[name] = network
-    shapes = list(dict.fromkeys(network.channels for network in found.values()))
-    for channels in shapes:
+    shapes = {json.dumps(network.description, sort_keys=True): network for network in found.values()}
+    for network in shapes.values():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            more = f", {'-'.join(map(str, channels))}" if len(shapes) > 1 else ""
-            found[f"random weights{more}"] = UNet(shards.ndim, shards.channels, channels).eval()
+            channels = "-".join(map(str, network.channels)) if isinstance(network, UNet) else title(network.description)
+            more = f", {channels}" if len(shapes) > 1 else ""
+            found[f"random weights{more}"] = build(network.description).eval()
     return found
 
 
@@ -171,7 +173,7 @@ def _labels(shards: ShardSet, image: int, region: Region) -> NDArray[np.uint8]:
 
 
 def pixel_features(
-    network: UNet, shards: ShardSet, pixels: Pixels, level: int, device: torch.device
+    network: Backbone, shards: ShardSet, pixels: Pixels, level: int, device: torch.device
 ) -> NDArray[np.float32]:
     """Features `(N, C)` of the sampled pixels at a level (0 the coarsest): those of the coarse pixel each lies in."""
     network = network.to(device)
@@ -179,14 +181,14 @@ def pixel_features(
     for image, features in _passed(network, shards, pixels, level, device):
         region, places = pixels.places[image]
         side = [axis.stop - axis.start for axis in region]
-        coarse = [axis // network.strides[level] for axis in np.unravel_index(places, side)]
+        coarse: list[Any] = [axis // network.strides[level] for axis in np.unravel_index(places, side)]
         found.append(features[(slice(None), *coarse)].T)
     network.cpu()
     return np.concatenate(found)
 
 
 def _passed(
-    network: UNet, shards: ShardSet, pixels: Pixels, level: int, device: torch.device
+    network: Backbone, shards: ShardSet, pixels: Pixels, level: int, device: torch.device
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     for image, (region, _) in pixels.places.items():
         whole = torch.from_numpy(shards.read(image, region).normalised())[None]

@@ -172,9 +172,9 @@ def _read(path: Path, kind: type[StudySettings]) -> tuple[dict[str, Any], Tables
             f"{path} must have settings of this study and the tables {', '.join(kind.tables)}, got [{name}]",
         )
         for key in table:
-            # A network from scratch has the channels of the pretrained one.
-            own = key in kind.taken or (key == "channels" and name != "pretrain")
-            require(not own, f"{key} of the table {name} of {path} must be left to the study")
+            # A network from scratch is built as the pretrained one is.
+            taken = key in kind.taken or (key in ("channels", "backbone", "backbone_args") and name != "pretrain")
+            require(not taken, f"{key} of the table {name} of {path} must be left to the study")
     own = _absolute({name: value for name, value in values.items() if not isinstance(value, dict)})
     try:
         return check_values(own, cast(Any, kind)), tables, content

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from coverfast.backbone_names import kind_of
+from coverfast.backbones.base import title
 from coverfast.checks import InputError, require
 from coverfast.disk import write_atomically
 from coverfast.report.colours import grey
@@ -95,6 +97,12 @@ class Runs:
         for flags in trainings:
             library.plan({**self._with_labels(flags), "run": str(self.folder("none"))}, rehearsal=True)
 
+    @property
+    def own(self) -> str | None:
+        """The user's code that makes the backbone, if that is what makes it."""
+        name = self.study.tables.get("pretrain", {}).get("backbone", "unet")
+        return name if kind_of(name) == "own" else None
+
     def architecture(self, backbone: str) -> dict[str, Any]:
         """Settings of a network from scratch that is built like a backbone, "" for that of the pretraining to come."""
         if backbone:
@@ -102,12 +110,19 @@ class Runs:
 
             shards = self.data.test
             try:
-                network, *_ = pretrained(backbone, shards.ndim, shards.channels)
+                found = pretrained(backbone, shards.ndim, shards.channels, own=self.own).description
             except InputError as error:
                 raise InputError(f"checkpoint does not fit: {error}") from None
-            channels = tuple(network.channels)
+            if found["kind"] != "unet":
+                name = self.own if found["kind"] == "own" else title(found)
+                args = tuple(f"{key}={value!r}" for key, value in found["args"].items())
+                return {"scratch": True, "backbone": name, "backbone_args": args}
+            channels = tuple(found["channels"])
         else:
-            channels = resolve(self.study.settings.preset, self.study.tables["pretrain"]).unet_channels()
+            settings = resolve(self.study.settings.preset, self.study.tables["pretrain"])
+            if settings.backbone != "unet":
+                return {"scratch": True, "backbone": settings.backbone, "backbone_args": settings.backbone_args}
+            channels = settings.unet_channels()
         encoder = channels[: (len(channels) + 1) // 2]
         require(
             channels == mirrored(encoder),
@@ -154,7 +169,8 @@ class Runs:
         kind = "probe" if flags.get("train_modules") == 0 else "finetune"
         every = max(1, int(flags["iterations"]) // _VALIDATIONS)
         table = {"lr": _LR[kind], "report": False, "val_every": every, **self.study.tables[kind]}
-        return {**self._common(), **table, "task": "segmentation", **self.data.flags(), **flags}
+        code = {"backbone": self.own} if self.own and "init" in flags else {}
+        return {**self._common(), **table, **code, "task": "segmentation", **self.data.flags(), **flags}
 
     def _train(self, library: ModuleType, name: str, flags: Mapping[str, Any]) -> None:
         folder = self.folder(name)
@@ -183,7 +199,10 @@ class Runs:
         from coverfast.downstream.metrics import dice_per_class
         from coverfast.downstream.network import load_network
 
-        network, test = load_network(run.network).to(choose_device(self.study.settings.device)), self.data.test
+        network, test = (
+            load_network(run.network, own=self.own, tell=None).to(choose_device(self.study.settings.device)),
+            self.data.test,
+        )
         names, groups, rows = [], [], []
         for index in range(len(test)):
             seen = predict_case(network, test, index)
@@ -206,7 +225,8 @@ class Runs:
         from coverfast.downstream.evaluation import predict_case
         from coverfast.downstream.network import load_network
 
-        network = load_network(self.folder(name) / "network.safetensors").to(choose_device(self.study.settings.device))
+        path, device = self.folder(name) / "network.safetensors", choose_device(self.study.settings.device)
+        network = load_network(path, own=self.own, tell=None).to(device)
         seen = predict_case(network, self.data.test, case)
         image, truth, labels = seen.image, seen.truth, seen.prediction
         if truth.ndim == 3:

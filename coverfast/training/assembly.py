@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from coverfast.backbones import UNet
+from coverfast.backbones import Adapted, Backbone, choose
 from coverfast.checks import InputError, per_axis, require
 from coverfast.methods.cover import Cover
-from coverfast.ops.dispatch import OPS, choose
+from coverfast.ops import dispatch
 from coverfast.pyramid import VectorPyramid
 from coverfast.training.settings import Settings, TrainingSettings
 from coverfast.training.world import World
@@ -17,9 +17,11 @@ def build_method(s: Settings, ndim: int, channels: int) -> Cover:
     """The method of a run on images of `ndim` axes and `channels`, on the CPU, its weights drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(s.seed)
-        backbone = UNet(ndim, channels, s.unet_channels())
+        unet = s.unet_channels() if s.backbone == "unet" else ()
+        backbone = choose(s.backbone, s.backbone_args, ndim=ndim, in_channels=channels, channels=unet)
         window = s.window[0] if len(s.window) == 1 else s.window
-        pyramid = VectorPyramid(ndim, backbone.feature_channels, s.groups, s.head_dim, window, impl=s.impl)
+        groups = s.fitted(backbone.levels).groups
+        pyramid = VectorPyramid(ndim, backbone.feature_channels, groups, s.head_dim, window, impl=s.impl)
     return Cover(backbone, pyramid, crop=crop_of(s, ndim), settings=s.views(), pad=s.pad, impl=s.impl)
 
 
@@ -28,14 +30,32 @@ def crop_of(s: TrainingSettings, ndim: int) -> tuple[int, ...]:
     return per_axis("crop", s.crop[0] if len(s.crop) == 1 else s.crop, ndim)
 
 
+def backbone_notes(backbone: Backbone, s: TrainingSettings, world: World) -> list[str]:
+    """What a run must be told of a backbone that is not ours."""
+    if not isinstance(backbone, Adapted):
+        return []
+    notes = [
+        f"backbone {s.backbone}: {backbone.levels} levels, strides {'-'.join(map(str, backbone.strides))}, channels "
+        f"{'-'.join(map(str, backbone.feature_channels))}"
+    ]
+    if backbone.mixes_samples:
+        split = world.size * s.accumulate
+        notes.append(
+            "warning: the backbone has batch norms: what it makes of an image depends on the others of its batch"
+            + (f", here on {s.batch // split} of {s.batch}" if split > 1 else "")
+            + ", so that other --accumulate or numbers of processes are other runs"
+        )
+    return notes
+
+
 def choose_device(name: str, impl: str = "auto", world: World | None = None) -> torch.device:
     """The device of a run; among several processes each has its own GPU."""
     device = _device(name)
     if device.type == "cuda" and world and world.size > 1:
         require(device.index is None, f"device must be auto, cpu or cuda with several processes, got {name!r}")
         device = torch.device("cuda", world.local_rank)
-    for op in OPS:
-        choose(op, impl, torch.empty(0, device=device))
+    for op in dispatch.OPS:
+        dispatch.choose(op, impl, torch.empty(0, device=device))
     return device
 
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.profiler import record_function
 
-from coverfast.backbones import load_state
+from coverfast.backbones import Adapted, load_state
 from coverfast.checks import require
 from coverfast.methods import Batch, Method
 from coverfast.training.schedules import learning_rate
@@ -68,10 +68,15 @@ class Engine:
         self.choices = Choices.of(s, device, sharded=self.sharded)
         self.method = method.to(device)
         if self.choices.layout == "channels_last":
-            self.method.to(memory_format=_CHANNELS_LAST[ndim])  # type: ignore[call-overload]
+            for weight in self.method.parameters():  # those of the maps' own axes: a foreign network may have others
+                if weight.ndim == ndim + 2:
+                    weight.data = weight.data.contiguous(memory_format=_CHANNELS_LAST[ndim])
         if s.recompute:
             require(hasattr(backbone, "recompute"), "recompute needs a backbone that knows how, got one that does not")
             backbone.recompute = True  # type: ignore[union-attr]
+        #: Networks that are not ours may draw (dropout), keep running statistics (batch norms) and break graphs.
+        self.foreign = isinstance(backbone, Adapted)
+        self._running = list(backbone.buffers()) if isinstance(backbone, Adapted) else []
         self.ema = copy.deepcopy(self.method).requires_grad_(False) if s.ema else None
         if self.world.size > 1:
             self.method.total = self.world.sum
@@ -105,9 +110,11 @@ class Engine:
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)
             return method
         if s.compile:
-            method.compile(fullgraph=True, **how)
+            method.compile(fullgraph=not self.foreign, **how)
         if self.world.size > 1:
-            return nn.parallel.DistributedDataParallel(method, gradient_as_bucket_view=True)
+            return nn.parallel.DistributedDataParallel(
+                method, gradient_as_bucket_view=True, find_unused_parameters=self.foreign
+            )
         return method
 
     # --- a step ---
@@ -121,11 +128,15 @@ class Engine:
         """
         s = self.settings
         self.optimizer.zero_grad(set_to_none=True)
+        before = [b.clone() for b in self._running]
+        if self.foreign:  # what it draws is a function of the iteration, as all else: there is no state to resume
+            key = (s.seed * 0x9E3779B97F4A7C15 + batch.iteration * 0xBF58476D1CE4E5B9 + self.world.rank) % 2**63
+            torch.manual_seed(key)
         with record_function("views"):
             parts = [self.method.prepare(part) for part in batch.parts(s.accumulate)]
         denominator = None
         if len(parts) * self.world.size > 1:
-            count = torch.stack([self.method.count(part) for part in parts]).sum()
+            count = torch.stack([self.method.count(part) for part in parts]).sum(0)
             denominator = self.world.sum(count)
         found: list[Tensor] = []
         for number, part in enumerate(parts):
@@ -140,6 +151,8 @@ class Engine:
             norm = nn.utils.clip_grad_norm_(self.method.parameters(), s.clip)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             skipped = ~norm.isfinite()
+            for now, was in zip(self._running, before, strict=True):  # a step that is not kept moves no statistics
+                now.copy_(torch.where(skipped, was, now) if update else was)
             if update:
                 self._update(batch.iteration, skipped)
         return torch.cat([torch.stack(found).sum(0), torch.stack([norm, skipped]).double()])
@@ -166,6 +179,8 @@ class Engine:
             decay = min(self.settings.ema, iteration / (iteration + 9))
             with torch.no_grad():
                 torch._foreach_lerp_([*self.ema.parameters()], [*self.method.parameters()], 1 - decay)
+                for average, now in zip(self.ema.buffers(), self.method.buffers(), strict=True):
+                    average.copy_(now)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of the network; losses and fields are float32 whatever it is."""
@@ -215,8 +230,9 @@ class Engine:
             whole["ema"] = get_model_state_dict(self.ema, options=_WHOLE)
         return whole
 
-    def load_state(self, state: dict[str, Any], source: str) -> None:
-        """Take up what `state` gave."""
+    def load_state(self, state: dict[str, Any], source: str) -> str:
+        """Take up what `state` gave; which tensors of the method were loaded, for people."""
+        told = f"{len(state['method'])} matched"
         options = StateDictOptions(full_state_dict=True)
         for module, name in ((self.method, "method"), (self.ema, "ema")):
             if module is None:
@@ -225,10 +241,14 @@ class Engine:
             if self.sharded:
                 set_model_state_dict(module, state[name], options=options)
             else:
-                load_state(module, state[name], source)
-        set_optimizer_state_dict(self.method, self.optimizer, state["optimizer"], options=options)
+                report = load_state(module, state[name], source)
+                told = str(report) if name == "method" else told
+        # A foreign network may have weights that its maps do not need: these have no moments.
+        moments = StateDictOptions(full_state_dict=True, strict=not self.foreign)
+        set_optimizer_state_dict(self.method, self.optimizer, state["optimizer"], options=moments)
         # Fused optimisers walk through memory: moments must lie as the weights do, in whatever layout these now are.
         for weight, found in self.optimizer.state.items():
             for name, moment in found.items():
                 if moment.shape == weight.shape and moment.ndim:
                     found[name] = torch.empty_like(weight).copy_(moment)
+        return told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from coverfast.backbones import load_state, read_backbone
-from coverfast.geometry import level_size
-from coverfast.methods.cover import Cover
+from coverfast.backbones import Backbone, backbone_file, load_pyramid, load_state, read_backbone
+from coverfast.backbones.base import title
+from coverfast.backbones.files import described
+from coverfast.checks import require
+from coverfast.geometry import check_stride, level_size
+from coverfast.pyramid import VectorPyramid
 from coverfast.shard_set import ShardSet
-from coverfast.training.assembly import build_method, check_batch, choose_device, crop_of
+from coverfast.training.assembly import backbone_notes, build_method, check_batch, choose_device, crop_of
 from coverfast.training.data import check_fits
 from coverfast.training.engine import Engine
 from coverfast.training.pretrain import Pretraining
@@ -54,7 +58,8 @@ def _warn_of_little_overlap(ready: Pretraining) -> None:
 def _assemble(s: Settings, shards: ShardSet, notes: list[str], world: World, new: bool) -> Pretraining:
     check_batch(s, world)
     crop, val = crop_of(s, shards.ndim), validation_set(s, shards)
-    level_size(crop, len(s.groups))
+    if s.backbone == "unet":
+        level_size(crop, len(s.groups))
     check_shards(s, shards, val, crop)
     if val is not None:
         check_fits(val, crop, pad=s.pad)
@@ -62,12 +67,38 @@ def _assemble(s: Settings, shards: ShardSet, notes: list[str], world: World, new
     if s.threads:
         torch.set_num_threads(s.threads)
     method = build_method(s, shards.ndim, shards.channels)
+    backbone = method.backbone
+    assert isinstance(backbone, Backbone)
+    if s.backbone != "unet":
+        check_stride("crop", crop, backbone.strides[0])
+        s = s.fitted(backbone.levels)
+        notes += backbone_notes(backbone, s, world)
     if s.init and new:
-        notes.append(_warm_start(method, s))
+        notes += warm_start(backbone, method.pyramid, s)
     return Pretraining(s, None, shards, val, Engine(method, s, device, world), 1, notes, world)
 
 
-def _warm_start(method: Cover, s: Settings) -> str:
-    state, _ = read_backbone(s.init)
-    report = load_state(method.backbone, state, s.init)
-    return f"backbone from {s.init}: {report}"
+def warm_start(backbone: Backbone, pyramid: VectorPyramid, s: Settings) -> list[str]:
+    """Start from the weights of `s.init`, the pyramid's too where the file has them; what was loaded, for people."""
+    path = backbone_file(s.init)
+    state, metadata = read_backbone(path)
+    with described(path):
+        found = title(json.loads(metadata["backbone"]))
+    ours = title(backbone.description)
+    require(
+        s.partial or found == ours or backbone.description["kind"] == "own",
+        f"init must be a {ours} like the run, but {path} is a {found}; see --backbone and --partial",
+    )
+    adapt = backbone.in_channels if s.adapt_input else 0
+    report = load_state(backbone.core, state, s.init, strict=not s.partial, adapt=adapt)
+    notes = [f"backbone from {s.init}: {report}"]
+    if "pyramid" in metadata:
+        other = load_pyramid(path, tell=None)
+        if (other.groups, other.head_dim, other.channels) == (pyramid.groups, pyramid.head_dim, pyramid.channels):
+            notes.append(f"pyramid from {s.init}: {load_state(pyramid, other.state_dict(), s.init)}")
+        else:
+            notes.append(
+                f"warning: the pyramid of {s.init} is left out: it has groups {other.groups} of {other.head_dim}, this "
+                f"run {pyramid.groups} of {pyramid.head_dim}"
+            )
+    return notes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from coverfast.backbones import UNet, load_state
+from coverfast.backbones import Backbone, load_state
 from coverfast.backbones.files import backbone_bytes
 from coverfast.checks import InputError
 from coverfast.disk import write_atomically
@@ -78,10 +78,11 @@ class Pretraining(Training):
         if self.world.writes:
             whole = self._blank()
             load_state(whole, weights, "the trained network")
-            about = {"config": as_plain(self.settings), "preprocessing": self.shards.preprocessing}
             backbone = whole.backbone
-            assert isinstance(backbone, UNet)
-            write_atomically(run.backbone, backbone_bytes(backbone, **about))
+            assert isinstance(backbone, Backbone)
+            about = self.shards.preprocessing
+            content = backbone_bytes(backbone, config=as_plain(self.settings), preprocessing=about)
+            write_atomically(run.backbone, content)
 
     def _draw(self, iteration: int) -> None:
         """Pictures of the run, from fixed views of the first (held-out) sample; what stands in their way is told."""

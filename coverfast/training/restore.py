@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from coverfast.backbones import load_state
+from coverfast.backbones.files import Tell
 from coverfast.checks import require
 from coverfast.methods.cover import Cover
 from coverfast.training.assembly import build_method
@@ -38,8 +39,13 @@ class Restored:
     notes: list[str]
 
 
-def restore_method(path: str | Path, device: torch.device | str = "cpu") -> Restored:
+def restore_method(
+    path: str | Path, device: torch.device | str = "cpu", *, own: str | None = None, tell: Tell | None = None
+) -> Restored:
     """The method of a checkpoint, or of the newest sound checkpoint of a run folder.
+
+    own: the code that makes the backbone where that is one of the user's. tell: takes one line, which tensors were
+    matched.
 
     Raises:
         InputError: when there is none, or it is damaged.
@@ -57,8 +63,13 @@ def restore_method(path: str | Path, device: torch.device | str = "cpu") -> Rest
     require(kind == Settings.kind, f"{path} must be a checkpoint of a {Settings.kind}, but it is one of a {kind}")
     values = dict(state["settings"])
     settings, data = resolve(str(values.get("preset")), values), state["data"]
+    if settings.own:
+        require(own is not None, f"{path} is of a network of your own ({settings.own}): say --backbone {settings.own}")
+        settings = replace(settings, backbone=str(own))
     method = build_method(settings, int(data["ndim"]), int(data["channels"]))
-    load_state(method, weights_of(state), str(path))
+    report = load_state(method, weights_of(state), str(path))
+    if tell:
+        tell(f"{path}: {report}")
     metrics = path.parent.parent / "metrics.jsonl"
     return Restored(
         method.to(device).eval(),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeVar, overload
 
+from coverfast.backbone_names import kind_of
 from coverfast.checks import InputError, check_choice, require
 from coverfast.ops.dispatch import IMPLEMENTATIONS
 from coverfast.samples import ON_BAD_SAMPLE, SPLITS
@@ -48,6 +49,12 @@ class TrainingSettings:
     # torchrun takes --run for an ambiguous --run-path of its own.
     run: str = setting("", "run folder; default runs/<date>-<time>-<preset>", free=True, also=("run_folder",))
     init: str = setting("", "backbone.safetensors to start from")
+    partial: bool = setting(False, "load what fits of --init and say what does not, instead of refusing it", free=True)
+    adapt_input: bool = setting(False, "let --init of one channel start a network for several", free=True)
+    backbone: str = setting(
+        "unet", "unet, timm:NAME, monai:CLASS, smp:CLASS, or code of your own: package.module:factory, file.py:factory"
+    )
+    backbone_args: Strs = setting((), "argument of such a backbone, KEY=VALUE; may be repeated")
     iterations: int = setting(200_000, "iterations in total", least=1, free=True)
     batch: int = setting(24, "images an iteration, over all processes", least=1)
     crop: Ints = setting((384,), "size of the views, one int or one per axis", least=1)
@@ -107,6 +114,11 @@ class TrainingSettings:
     val_every: int = setting(1000, "iterations between validations", least=1, free=True)
     val_samples: int = setting(32, "most samples of the held-out shard that a validation uses", least=1, free=True)
 
+    @property
+    def own(self) -> str | None:
+        """The user's code that makes the backbone, if that is what makes it."""
+        return self.backbone if kind_of(self.backbone) == "own" else None
+
     def views(self) -> ViewSettings:
         """The ranges of the view transforms."""
         return ViewSettings(**{f.name: getattr(self, f.name) for f in fields(ViewSettings)})
@@ -129,6 +141,7 @@ class TrainingSettings:
     def check(self) -> None:
         """Raise `InputError` unless the values fit one another."""
         self.views()
+        self._check_backbone()
         for name, choices in self.choices.items():
             check_choice(name, getattr(self, name), choices)
         require(self.ema < 1, f"ema must be below 1, got {self.ema}")
@@ -146,6 +159,20 @@ class TrainingSettings:
             f"iterations must be at most {length}, where the cosine schedule ends at a learning rate of 0, got "
             f"{self.iterations}; start another run with --init to go on",
         )
+
+    def _check_backbone(self) -> None:
+        if self.backbone == "unet":
+            require(
+                not self.backbone_args, f"backbone_args need a backbone other than the U-Net, got {self.backbone_args}"
+            )
+            return
+        usual = preset_settings(self.preset, type(self)).channels
+        require(
+            self.channels == usual,
+            f"channels are those of the U-Net, but the backbone is {self.backbone}; leave them out",
+        )
+        require(not self.recompute, f"recompute is for the U-Net alone, but the backbone is {self.backbone}")
+        require(not self.fsdp, f"fsdp shards the U-Net alone, but the backbone is {self.backbone}")
 
     def pinned(self) -> Self:
         """With the length of the schedule: a run that goes on for longer later must not have had another one so far."""
@@ -193,7 +220,19 @@ class Settings(TrainingSettings):
     def check(self) -> None:
         """See `TrainingSettings.check`."""
         super().check()
-        self.unet_channels()
+        if self.backbone == "unet":
+            self.unet_channels()
+
+    def fitted(self, levels: int) -> Settings:
+        """With groups for so many levels where they were left to the preset: those of its coarsest and finest ones."""
+        usual = preset_settings(self.preset).groups
+        if len(self.groups) == levels:
+            return self
+        require(
+            self.groups == usual, f"groups must be {levels}, one for each level of {self.backbone}, got {self.groups}"
+        )
+        coarse = max(0, levels - 2)
+        return replace(self, groups=usual[:1] * coarse + usual[-2:][-levels:])
 
     def unet_channels(self) -> Ints:
         """Channels of all stages; an encoder given alone is mirrored."""

@@ -93,7 +93,7 @@ def resumed_run(kind: type[S], assemble: Assemble[S, T], flags: Mapping[str, Any
             f"iterations must be more than {iteration}, where the run stands, got {settings.iterations}; "
             f"raise the total with --iterations",
         )
-        ready.engine.load_state(state, str(path))
+        ready.notes.append(f"{path}: {ready.engine.load_state(state, str(path))}")
         ready.first = iteration + 1
     ready.notes.append(f"resuming {run.folder} after iteration {ready.first - 1}")
     ready.notes += _differences(old, ready)

@@ -1,0 +1,76 @@
+"""What a backbone is: any network that maps an image to a pyramid of feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from coverfast.checks import require
+
+
+class Backbone(nn.Module):
+    """Maps images `(B, in_channels, *S)` to feature maps, coarse to fine.
+
+    Any number of levels from 2 on; every map has twice the size of the one before. `S` must be divisible by the
+    coarsest stride.
+
+    Attributes:
+        ndim: 2 or 3 spatial axes.
+        in_channels: channels of the image.
+        feature_channels: channels of the L maps, coarse to fine.
+        strides: pixels of the image per pixel of each map, coarse to fine, the same on every axis; the finest may be
+            larger than 1.
+    """
+
+    ndim: int
+    in_channels: int
+    feature_channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def levels(self) -> int:
+        """Number of feature maps."""
+        return len(self.strides)
+
+    @property
+    def core(self) -> nn.Module:
+        """The network whose weights travel, under its own names: this one, or the one that it adapts."""
+        return self
+
+    @property
+    def modules_in_order(self) -> list[nn.Module]:
+        """The stages from the image to the finest features; a network whose order is not known is one of them."""
+        return [self]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What `coverfast.backbones.build` needs to make the network again, JSON-able."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Features whose last ones are the coarsest of `forward`, computed without a decoder where that can be."""
+        return self(x)[:1]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Features of an image, coarse to fine."""
+        raise NotImplementedError
+
+
+def title(description: Mapping[str, Any]) -> str:
+    """What a description is called by, for people: `unet`, `timm:convnext_tiny`."""
+    kind = str(description["kind"])
+    return kind if kind == "unet" else f"{kind}:{description['name']}"
+
+
+def check_levels(name: str, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """Refuse what is no pyramid of at least two levels, each twice the size of the one before."""
+    doubling = len(strides) >= 2 and strides[-1] >= 1 and all(a == 2 * b for a, b in pairwise(strides))
+    doubling = doubling and strides[-1] & (strides[-1] - 1) == 0
+    require(
+        doubling and len(channels) == len(strides),
+        f"{name} must have at least 2 feature maps, coarse to fine, with a stride each that halves from map to map "
+        f"down to a power of 2, and one number of channels for each, got strides {strides} and channels {channels}",
+    )

@@ -1,0 +1,180 @@
+"""A backbone by its name: our U-Net, a network of another library, or one of the user's."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from coverfast.backbone_names import LIBRARIES, kind_of
+from coverfast.backbones.adapted import Adapted
+from coverfast.backbones.base import Backbone
+from coverfast.backbones.unet import PAPER_CHANNELS, UNet
+from coverfast.checks import InputError, require
+
+_KINDS = f"unet, {', '.join(f'{library}:NAME' for library in LIBRARIES)}, or your own package.module:factory or "
+_KINDS += "file.py:factory"
+
+
+class Unavailable(InputError):
+    """What makes a network is not here: a library that is not installed, code that nobody has named."""
+
+
+def choose(
+    name: str,
+    args: Sequence[str] = (),
+    *,
+    ndim: int,
+    in_channels: int,
+    channels: Sequence[int] = PAPER_CHANNELS,
+) -> Backbone:
+    """The backbone of a name, its weights drawn anew.
+
+    Args:
+        name: "unet"; "timm:convnext_tiny", "monai:SwinUNETR", "smp:Unet"; or "package.module:factory" or
+            "file.py:factory" for code of your own, which is imported: `factory(ndim=, in_channels=, **args)` must give
+            a module that maps an image to feature maps, coarse to fine.
+        args: arguments of the network, "KEY=VALUE" with values as Python writes them.
+        ndim: 2 or 3 spatial axes.
+        in_channels: channels of the image.
+        channels: those of the U-Net's stages.
+
+    Raises:
+        InputError: for a name or an argument that is none, or a library that is not installed.
+    """
+    if name == "unet":
+        require(not args, f"backbone_args must be empty for the U-Net, which has channels, got {', '.join(args)}")
+        return UNet(ndim, in_channels, channels)
+    kind, rest = kind_of(name), name.partition(":")[2]
+    require(bool(rest), f"backbone must be {_KINDS}, got {name!r}")
+    network = name if kind == "own" else rest
+    return build(
+        {"kind": kind, "name": network, "args": parsed(args), "ndim": ndim, "in_channels": in_channels},
+        own=name if kind == "own" else None,
+    )
+
+
+def build(description: Mapping[str, Any], *, own: str | None = None) -> Backbone:
+    """A backbone as its `description` says, its weights drawn anew.
+
+    Args:
+        description: see `Backbone`.
+        own: the user's code that makes it, see `choose`. A description never decides what code is imported: one of
+            a user's network is refused without this.
+
+    Raises:
+        InputError: see `choose`.
+        ValueError, TypeError, KeyError: for what is no description.
+    """
+    values = dict(description)
+    kind = values.pop("kind")
+    if kind == "unet":
+        return UNet(**values)
+    network, args, ndim, in_channels = (values.pop(key) for key in ("name", "args", "ndim", "in_channels"))
+    require(not values, f"a description of a backbone must not have {', '.join(values)}")
+    require(isinstance(network, str) and isinstance(args, dict), "name must be a string and args a table")
+    args = _plain(args)
+    require(ndim in (2, 3) and isinstance(in_channels, int) and in_channels >= 1, "ndim must be 2 or 3")
+    if kind == "own":
+        if own is None:
+            raise Unavailable(
+                f"the network is one of your own: say which code makes it, own={network!r} or --backbone {network}"
+            )
+        return _own(own, ndim, in_channels, args)
+    require(kind in LIBRARIES, f"kind must be one of unet, {', '.join(LIBRARIES)} or own, got {kind!r}")
+    library = importlib.import_module(f"coverfast.backbones.{LIBRARIES[kind]}")
+    found = library.build(network, ndim, in_channels, args)
+    assert isinstance(found, Backbone)
+    return found
+
+
+def parsed(args: Sequence[str]) -> dict[str, Any]:
+    """`feature_size=24` and the like by name; what Python does not read as a value is a string."""
+    found: dict[str, Any] = {}
+    for arg in args:
+        key, equals, text = arg.partition("=")
+        require(bool(equals) and key.isidentifier(), f"backbone_args must be KEY=VALUE, got {arg!r}")
+        require(key not in found, f"backbone_args must name an argument once, got {key} twice")
+        try:
+            found[key] = _plain(ast.literal_eval(text))
+        except (ValueError, SyntaxError):
+            found[key] = text
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back, so that a network is the same before and after a file."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    require(value is None or isinstance(value, (bool, int, float, str)), f"backbone_args must be plain, got {value!r}")
+    return value
+
+
+def need(module: str, package: str) -> Any:
+    """A library that adapts networks, imported.
+
+    Raises:
+        Unavailable: when it is not installed or does not import.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == module.partition(".")[0]:
+            raise Unavailable(f"this backbone needs {package}: pip install coverfast[backbones]") from error
+        raise Unavailable(f"{package} must be importable for this backbone, but {error}") from error
+    except RuntimeError as error:  # torchvision beside a torch it was not built for
+        raise Unavailable(f"{package} must be importable for this backbone, but {error}") from error
+
+
+def among(what: str, name: str, names: Sequence[str]) -> None:
+    """Refuse a name that is none of a library's, with the nearest ones."""
+    if name not in names:
+        close = difflib.get_close_matches(name, names, 3)
+        raise InputError(
+            f"{what} must be one of its names, got {name!r}" + (f"; near: {', '.join(close)}" if close else "")
+        )
+
+
+def _own(place: str, ndim: int, in_channels: int, args: Mapping[str, Any]) -> Backbone:
+    """A network by the user's code."""
+    where, _, attribute = place.rpartition(":")
+    require(bool(where and attribute), f"backbone must be {_KINDS}, got {place!r}")
+    try:
+        module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+        factory = getattr(module, attribute)
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+        raise InputError(f"backbone must be code that can be imported, but {place} cannot: {error}") from error
+    try:
+        model = factory(ndim=ndim, in_channels=in_channels, **args)
+    except TypeError as error:
+        raise InputError(
+            f"{place} must be called as {attribute}(ndim={ndim}, in_channels={in_channels}, ...), but: {error}"
+        ) from error
+    require(isinstance(model, nn.Module), f"{place} must give a torch.nn.Module, got {type(model).__name__}")
+    description = {"kind": "own", "name": place, "args": dict(args), "ndim": ndim, "in_channels": in_channels}
+    return Adapted(model, _call, description, size=getattr(model, "image_size", None))
+
+
+def _call(model: nn.Module, x: Any) -> Any:
+    return model(x)
+
+
+def _from_file(path: Path) -> Any:
+    require(path.is_file(), f"backbone must be code that can be imported, but there is no file {path}")
+    name = f"coverfast_own_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and the like look their module up
+    spec.loader.exec_module(module)
+    return module
