@@ -56,7 +56,7 @@ from coverfast.phantom import CLASSES_2D, phantom
 from coverfast.training.plan import plan
 
 SEED, CLASSES, BATCH = 0, len(CLASSES_2D), 4  # as many classes in 3D
-SIZE, CROP = {2: 128, 3: 64}, {2: 96, 3: 48}  # pixels an axis
+SIZE, CROP = {2: 128, 3: 48}, {2: 96, 3: 32}  # pixels an axis
 BOTH = ["image", "label"]
 
 
@@ -68,7 +68,7 @@ class Segmenter(nn.Module):
         super().__init__()
         ndim, width = backbone.ndim, backbone.feature_channels[-1]
         self.backbone = backbone
-        self.head = nn.Sequential(Norm["batch", ndim](width, affine=False), Conv["conv", ndim](width, classes, 1))
+        self.head = nn.Sequential(Norm["instance", ndim](width), Conv["conv", ndim](width, classes, 1))
 
     def forward(self, images):
         return self.head(self.backbone(images)[-1])  # the last of the maps is the finest
@@ -160,17 +160,16 @@ def main():
     parser.add_argument("--backbone", help="backbone.safetensors for 8-bit images; default: pretrain one on phantoms")
     parser.add_argument("--scratch", action="store_true", help="train from random weights only")
     parser.add_argument("--ndim", type=int, choices=(2, 3), default=2)
-    parser.add_argument("--iterations", type=int, help="of each training; default 60, in 3D 40")
-    parser.add_argument("--pretrain-iterations", type=int, help="without --backbone; default 60, in 3D 40")
+    parser.add_argument("--iterations", type=int, default=60, help="of each training")
+    parser.add_argument("--pretrain-iterations", type=int, default=60, help="without --backbone")
     parser.add_argument("--cases", type=int, default=8, help="labelled phantoms to learn from")
     parser.add_argument("--held-out", type=int, default=8, help="labelled phantoms to measure the Dice on")
     args = parser.parse_args()
-    args.iterations = args.iterations or (60, 40)[args.ndim - 2]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         files = write(folder / "labelled", args.ndim, range(args.cases + args.held_out))
-        path = args.backbone or pretrain(folder, args.ndim, args.pretrain_iterations or (60, 40)[args.ndim - 2])
+        path = args.backbone or pretrain(folder, args.ndim, args.pretrain_iterations)
         # coverfast
         backbone = coverfast.load_backbone(path)
         # end

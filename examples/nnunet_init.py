@@ -53,9 +53,9 @@ class Segmenter(nn.Module):
     # coverfast
     def __init__(self, backbone, classes):
         super().__init__()
-        norm, conv = ((nn.BatchNorm2d, nn.Conv2d), (nn.BatchNorm3d, nn.Conv3d))[backbone.ndim - 2]
+        norm, conv = ((nn.InstanceNorm2d, nn.Conv2d), (nn.InstanceNorm3d, nn.Conv3d))[backbone.ndim - 2]
         width = backbone.feature_channels[-1]
-        self.backbone, self.head = backbone, nn.Sequential(norm(width, affine=False), conv(width, classes, 1))
+        self.backbone, self.head = backbone, nn.Sequential(norm(width), conv(width, classes, 1))
 
     def forward(self, images):
         return self.head(self.backbone(images)[-1])  # the last of the maps is the finest
@@ -155,9 +155,9 @@ def main():
     args = parser.parse_args()
     start = time.perf_counter()
     write(args.cases, args.held_out)
-    nnunet.extract_fingerprints([1], num_processes=1, check_dataset_integrity=True)
+    nnunet.extract_fingerprints([1], num_processes=1, show_progress_bar=False)
     nnunet.plan_experiments([1])
-    nnunet.preprocess([1], configurations=("2d",), num_processes=(1,))
+    nnunet.preprocess([1], configurations=("2d",), num_processes=(1,), show_progress_bar=False)
     print(f"planned in {time.perf_counter() - start:.0f} s")
     os.environ["nnUNet_n_proc_DA"] = "0"  # augment in this process; planning refuses 0
     os.environ["COVERFAST_BACKBONE"] = str(args.backbone or pretrain(Path(temporary.name), args.pretrain_iterations))

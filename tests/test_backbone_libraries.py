@@ -47,7 +47,10 @@ class Case:
     def size(self) -> list[int]:
         if "img_size" in self.args:
             return [self.args["img_size"]] * self.ndim
-        return [2 * self.strides[0], *[self.strides[0]] * (self.ndim - 1)]
+        coarsest = (
+            32 if self.kind == "smp" else self.strides[0]
+        )  # an encoder of smp runs all stages, whatever its depth
+        return [2 * coarsest, *[coarsest] * (self.ndim - 1)]
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.name}-{self.ndim}d-{'-'.join(str(v) for v in self.args.values() if type(v) is str)}"
@@ -132,7 +135,9 @@ SMP = [
         channels=3,
     ),
 ]
-VOLUMES = [Case(c.kind, c.name, c.taps, c.args, c.finest, 3, 3) for c in MONAI]
+VOLUMES = [
+    Case(c.kind, c.name, c.taps, c.args, c.finest, 3, 3) for c in MONAI if c.name not in ("MedNeXt", "SegResNet")
+]
 CASES = [*TIMM, *MONAI, *VOLUMES, *SMP]
 
 
@@ -266,6 +271,7 @@ def test_what_the_docs_say_of_loading(tmp_path):
         assert all(name.startswith(heads) for name in missing)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
 def test_traced_and_exported(case):
     backbone, x = made(case).eval(), randn(1, 1, *case.size, dtype=torch.float32)

@@ -319,3 +319,22 @@ def test_the_command_refuses_in_one_sentence(shard, tmp_path):
     refused(cli(*common, "--backbone", f"{CODE}:number"), "torch.nn.Module")
     refused(cli(*common, "--backbone", "densenet"), "timm:NAME")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_study_compares_it_with_itself_from_scratch(tmp_path):
+    pytest.importorskip("sklearn")
+    config = tmp_path / "study.toml"
+    common = "threads = 1\nbatch = 2\n"
+    own = f'[pretrain]\nbackbone = "{OWN}"\ngroups = [2, 1, 1]\nwindow = 3\ntensorboard = false\n{common}'
+    config.write_text(f"{own}[finetune]\n{common}[probe]\n{common}")
+    out = tmp_path / "study"
+    sizes = ["--images", "3", "--validation", "1", "--test", "3", "--size", "64", "--crop", "32", "--cases", "2"]
+    lengths = ["--seeds", "1", "--pretrain-iterations", "4", "--iterations", "4", "--probe-iterations", "4"]
+    done = cli(
+        "study", "transfer", "--preset", "small-2d", "--config", str(config), "--out", str(out), *sizes, *lengths
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((out / "transfer.json").read_text())["arms"]) == 4
+    configs = [p.read_text() for p in (out / "runs").glob("*/config.toml")]
+    assert len(configs) == 5
+    assert all(f'backbone = "{OWN}"' in text for text in configs)

@@ -42,7 +42,7 @@ def restored(monkeypatch, tmp_path):
             metrics=metrics,
             notes=list(notes),
         )
-        monkeypatch.setattr("coverfast.training.restore.restore_method", lambda path, device: found)
+        monkeypatch.setattr("coverfast.training.restore.restore_method", lambda path, device, **options: found)
         return found
 
     return put
@@ -216,7 +216,9 @@ def test_a_run_as_training_leaves_it(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ["visualize", "run", str(image), "--device", "cpu"])
     assert done.exit_code == 0, done.output
     (page,) = Path().glob("runs/*-visualize/a/index.html")
-    assert done.output.startswith(f"{page}: error")
+    loaded, drawn = done.output.splitlines()[:2]
+    assert loaded.endswith("32 matched, 0 missing, 0 unexpected, 0 reshaped")
+    assert drawn.startswith(f"{page}: error")
     assert "iteration 7" in page.read_text()
     refusal = CliRunner().invoke(app, ["visualize", "none.pt", str(image)]).exception
     assert isinstance(refusal, InputError)

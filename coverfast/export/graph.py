@@ -25,8 +25,8 @@ FACTS = "coverfast.json"
 #: From an image to what a network returns, in order.
 Run = Callable[[Tensor], Sequence[Tensor]]
 
-# Sizes of images in coarsest pixels, different on every axis; the last ones of two axes are left out.
-_USUAL, _OTHER = (4, 6, 3), (3, 4, 2)
+# Sizes of images in coarsest pixels; those of two axes are the first two.
+_USUAL, _OTHER = (3, 4, 2), (2, 3, 3)
 
 
 class Graph(nn.Module):
@@ -72,8 +72,8 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """`2 of 64x48`."""
-        return f"{len(self.image)} of {shown(self.image.shape[2:])}"
+        """`64x48 (batch 2)`."""
+        return f"{shown(self.image.shape[2:])} (batch {len(self.image)})"
 
 
 class Differs(Exception):
@@ -91,11 +91,11 @@ def difference(graph: Graph, run: Run, trials: Sequence[Trial]) -> float:
         found = run(trial.image)
         for name, a, b in zip(graph.outputs, found, trial.expected, strict=True):
             if a.shape != b.shape:
-                raise Differs(f"{name} of {trial.name} pixels is {shape_of(a)}, not {shape_of(b)}")
+                raise Differs(f"{name} of {trial.name} is {shape_of(a)}, not {shape_of(b)}")
             part = float((a - b).abs().max() / b.abs().max().clamp(min=1e-20))
             if not part <= BOUND:
                 raise Differs(
-                    f"{name} of {trial.name} pixels differs from the network's by {part:.1e} of its largest value, "
+                    f"{name} of {trial.name} differs from the network's by {part:.1e} of its largest value, "
                     f"more than {BOUND:.0e}"
                 )
             worst = max(worst, part)

@@ -30,6 +30,7 @@ def program(graph: Graph, sizes: Sizes) -> ExportedProgram:
     for module in found.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # paths of this machine
+    found.example_inputs = None
     return found
 
 

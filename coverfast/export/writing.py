@@ -131,7 +131,7 @@ def _graph(source: Source, to: str, path: Path, size: Size | None, progress: Cal
     write_atomically(path, content)
     lines = [_checked(to, sizes, worst), *_use(source, sizes)]
     if run and sizes.free and not _refuses(graph, run, sizes):
-        lines.append(f"note: sizes that are no multiples of {sizes.multiple} are not refused; leave them be")
+        lines.append(f"note: sizes that are no multiples of {sizes.multiple} must not be used, and are not refused")
     return Exported(path, source, tuple(lines), sizes.free, worst)
 
 
@@ -147,7 +147,7 @@ def _sizes(graph: Graph, wanted: Sequence[int] | None, known: Sequence[int] | No
     try:
         difference(graph, lambda image: graphs.several(trace(image)), found.trials)
     except Exception:
-        return graphs.fixed(graph, wanted or known, "the network computes with the size in Python, where no trace goes")
+        return graphs.fixed(graph, wanted or known, "what the network does depends on the size of its images")
     return found
 
 
@@ -179,7 +179,7 @@ def _use(source: Source, sizes: Sizes | None) -> list[str]:
         gives = f"logits {shape} of {', '.join(network.names)}"
     made = ", ".join(f"{key} = {value}" for key, value in source.preprocessing.items())
     return [
-        f"takes (B, {backbone.in_channels}, {axes}), float32 in [0, 1], {axes}: {size}",
+        f"takes (B, {backbone.in_channels}, {axes}), float32 in [0, 1]; {axes}: {size}",
         f"gives {gives}",
         f"images made as it learned from: {made or 'not known'}",
     ]
