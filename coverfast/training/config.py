@@ -70,9 +70,9 @@ def check_resume(old: S, given: Mapping[str, Any]) -> S:
 
 
 def changed_settings(stored: Mapping[str, Any], settings: TrainingSettings) -> str:
-    """Names of the settings of a checkpoint that may not change and did."""
-    now, free = as_plain(settings), set(free_settings(settings))
-    return ", ".join(name for name in now if name not in free and stored.get(name) != now[name])
+    """Names of the settings of a checkpoint that may not change and did; one older than a setting has its default."""
+    now, usual, free = as_plain(settings), as_plain(type(settings)()), set(free_settings(settings))
+    return ", ".join(name for name in now if name not in free and stored.get(name, usual[name]) != now[name])
 
 
 def free_settings(settings: TrainingSettings) -> Iterable[str]:
