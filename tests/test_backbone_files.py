@@ -162,6 +162,7 @@ def test_what_fits_is_loaded_when_that_is_asked_for(change, tmp_path, content, m
 def test_one_channel_becomes_several_only_when_asked_for(tmp_path):
     torch.manual_seed(1)
     grey = UNet(2, 1, CHANNELS)
+    torch.nn.init.normal_(grey.stem[0].bias)  # without it the norm behind would hide a factor
     path = written(tmp_path, backbone_bytes(grey, config={}, preprocessing={}))
     told = []
     rgb = load_backbone(path, in_channels=3, tell=told.append)
