@@ -5,6 +5,7 @@ import functools
 import socket
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,7 +111,6 @@ MONAI = [
 ]
 BLOCKS = " ".join(f"decoder.blocks.{i}" for i in range(5))
 SMP = [
-    Case("smp", "Unet", f"decoder.center {BLOCKS}", {"encoder_name": "mobilenet_v2"}),
     Case(
         "smp",
         "Unet",
@@ -136,7 +136,9 @@ SMP = [
     ),
 ]
 VOLUMES = [
-    Case(c.kind, c.name, c.taps, c.args, c.finest, 3, 3) for c in MONAI if c.name not in ("MedNeXt", "SegResNet")
+    Case(c.kind, c.name, c.taps, c.args, c.finest, ndim=3, channels=3)
+    for c in MONAI
+    if c.name in ("SwinUNETR", "UNETR", "DynUNet", "UNet")
 ]
 CASES = [*TIMM, *MONAI, *VOLUMES, *SMP]
 
@@ -233,7 +235,7 @@ def test_every_weight_learns(case):
     assert backbone.mixes_samples == any("running_mean" in name for name in backbone.state_dict())
 
 
-ONE_OF_EACH = [TIMM[0], MONAI[4], SMP[1]]
+ONE_OF_EACH = [TIMM[0], MONAI[4], SMP[0]]
 
 
 @pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
@@ -307,6 +309,15 @@ def test_networks_made_for_one_size():
     library("segmentation_models_pytorch")
     args = ["encoder_name=tu-swin_tiny_patch4_window7_224", "img_size=64"]
     assert choose("smp:FPN", args, ndim=2, in_channels=1).image_size == (64, 64)
+
+
+def test_the_docs_own_network(tmp_path):
+    page = (Path(__file__).parents[1] / "docs/backbones.md").read_text()
+    (tmp_path / "net.py").write_text(page.split("```python\n# net.py\n")[1].split("```")[0])
+    for ndim in (2, 3):
+        backbone = choose(f"{tmp_path}/net.py:factory", ["width=8"], ndim=ndim, in_channels=2)
+        assert (backbone.strides, backbone.feature_channels) == ((2, 1), (16, 8))
+        assert all(f.isfinite().all() for f in backbone(torch.zeros(1, 2, *[4] * ndim)))
 
 
 class Keeps(nn.Module):

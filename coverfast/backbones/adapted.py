@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from coverfast.backbones.base import Backbone, check_levels, title
 from coverfast.checks import InputError, check_map, per_axis, shape_of
-from coverfast.geometry import check_stride
 
 #: Maps of a network, coarse to fine.
 Run = Callable[[Any, Tensor], Sequence[Tensor]]
@@ -73,13 +72,13 @@ class Adapted(Backbone):
         return list(self.run(self.model, x))
 
     def check_size(self, name: str, size: Sequence[int]) -> None:
-        """Refuse a size of images, called `name`, that the network does not take."""
+        """See `Backbone`."""
         if self.image_size is not None and tuple(size) != self.image_size:
             raise InputError(
                 f"{name} must have the one size that {title(self._description)} takes, {self.image_size}, which an "
                 f"argument of the network may set, got {tuple(int(s) for s in size)}"
             )
-        check_stride(name, size, self.strides[0])
+        super().check_size(name, size)
 
     def _measured(self, size: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         name, shown = title(self._description), "x".join(map(str, size))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from coverfast.checks import require
+from coverfast.geometry import check_stride
 
 
 class Backbone(nn.Module):
@@ -49,6 +50,10 @@ class Backbone(nn.Module):
     def description(self) -> dict[str, Any]:
         """What `coverfast.backbones.build` needs to make the network again, JSON-able."""
         raise NotImplementedError
+
+    def check_size(self, name: str, size: Sequence[int]) -> None:
+        """Refuse a size of images, called `name`, that the network does not take."""
+        check_stride(name, size, self.strides[0])
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Features whose last ones are the coarsest of `forward`, computed without a decoder where that can be."""

@@ -21,7 +21,7 @@ from coverfast.downstream.assembly import (
 )
 from coverfast.downstream.finetuning import Finetuning
 from coverfast.downstream.settings import FinetuneSettings
-from coverfast.geometry import check_stride, level_size
+from coverfast.geometry import level_size
 from coverfast.shard_set import ShardSet
 from coverfast.training.assembly import backbone_notes, check_batch, choose_device, crop_of
 from coverfast.training.engine import Engine
@@ -77,7 +77,7 @@ def _assemble(
     if s.threads:
         torch.set_num_threads(s.threads)
     task = build_task(s, shards)
-    check_stride("crop", crop, task.backbone.strides[0])
+    task.backbone.check_size("crop", crop)
     notes += backbone_notes(task.backbone, s, world)
     if found is not None:
         adapt = shards.channels if s.adapt_input else 0

@@ -7,7 +7,6 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-
 _Module = TypeVar("_Module", bound=nn.Module)
 _INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
@@ -26,18 +25,20 @@ class StepwiseNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of `(B, C, *S)`, as it came."""
-        centred = x - self._mean(x)
-        out = centred * (self._mean(centred.square()) + self.eps).rsqrt()
-        shape = (-1, *[1] * (x.ndim - 2))
-        return out if self.weight is None else out * self.weight.view(shape) + self.bias.view(shape)
+        x = x.unflatten(1, (self.groups, -1))
+        x = x - _mean(x)
+        x = x * (_mean(x.square()) + self.eps).rsqrt()
+        if self.weight is not None:
+            shape = (self.groups, -1, *[1] * (x.ndim - 3))
+            x = x * self.weight.view(shape) + self.bias.view(shape)
+        return x.flatten(1, 2)
 
-    def _mean(self, x: Tensor) -> Tensor:
-        """`(B, C, 1, ...)`, the same for all channels of a group."""
-        ndim, channels = x.ndim - 2, x.shape[1]
-        for _ in range(ndim):
-            x = x.mean(-1)
-        x = x.unflatten(1, (self.groups, -1)).mean(-1, keepdim=True)
-        return x.expand(-1, -1, channels // self.groups).flatten(1)[(..., *[None] * ndim)]
+
+def _mean(x: Tensor) -> Tensor:
+    """Of all but the first two axes, which are left."""
+    for axis in range(x.ndim - 1, 1, -1):
+        x = x.mean(axis, keepdim=True)
+    return x
 
 
 def stepwise(module: _Module) -> _Module:

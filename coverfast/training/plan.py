@@ -14,7 +14,7 @@ from coverfast.backbones import Backbone, backbone_file, load_pyramid, load_stat
 from coverfast.backbones.base import title
 from coverfast.backbones.files import described
 from coverfast.checks import require
-from coverfast.geometry import check_stride, level_size
+from coverfast.geometry import level_size
 from coverfast.pyramid import VectorPyramid
 from coverfast.shard_set import ShardSet
 from coverfast.training.assembly import backbone_notes, build_method, check_batch, choose_device, crop_of
@@ -70,7 +70,7 @@ def _assemble(s: Settings, shards: ShardSet, notes: list[str], world: World, new
     backbone = method.backbone
     assert isinstance(backbone, Backbone)
     if s.backbone != "unet":
-        check_stride("crop", crop, backbone.strides[0])
+        backbone.check_size("crop", crop)
         s = s.fitted(backbone.levels)
         notes += backbone_notes(backbone, s, world)
     if s.init and new:
