@@ -2,7 +2,7 @@
 
     python examples/monai_finetune.py                     # 2D, a minute on two CPU cores
     python examples/monai_finetune.py --ndim 3
-    python examples/monai_finetune.py --backbone runs/scans/backbone.safetensors
+    python examples/monai_finetune.py --backbone runs/scans/backbone.safetensors      # of your own, for 8-bit images
 
 Transforms, data set, loader, loss, inference in windows and metric are MONAI's, the loop is that of its tutorials. What
 comes from coverfast stands between "coverfast" and "end". Phantoms are written as the files that people have, PNG in 2D
@@ -54,6 +54,7 @@ from coverfast.backbones import build
 from coverfast.ingest.phantoms import build_phantoms
 from coverfast.phantom import CLASSES_2D, phantom
 from coverfast.training.plan import plan
+from coverfast.training.settings import preset_settings
 
 SEED, CLASSES, BATCH = 0, len(CLASSES_2D), 4  # as many classes in 3D
 SIZE, CROP = {2: 128, 3: 48}, {2: 96, 3: 32}  # pixels an axis
@@ -157,8 +158,9 @@ def train(name, backbone, files, args):
 def main():
     """Train from random weights and from a backbone, and print both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backbone", help="backbone.safetensors for 8-bit images; default: pretrain one on phantoms")
-    parser.add_argument("--scratch", action="store_true", help="train from random weights only")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--backbone", help="backbone.safetensors; default: pretrain one on phantoms")
+    source.add_argument("--scratch", action="store_true", help="train from random weights only")
     parser.add_argument("--ndim", type=int, choices=(2, 3), default=2)
     parser.add_argument("--iterations", type=int, default=60, help="of each training")
     parser.add_argument("--pretrain-iterations", type=int, default=60, help="without --backbone")
@@ -169,12 +171,22 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         files = write(folder / "labelled", args.ndim, range(args.cases + args.held_out))
-        path = args.backbone or pretrain(folder, args.ndim, args.pretrain_iterations)
-        # coverfast
-        backbone = coverfast.load_backbone(path)
-        # end
-        torch.manual_seed(SEED)
-        networks = {"scratch": build(backbone.description), "pretrained": backbone}
+        if args.scratch:
+            channels = preset_settings(f"small-{args.ndim}d").unet_channels()
+            networks = {"scratch": coverfast.UNet(args.ndim, 1, channels)}
+        else:
+            path = args.backbone or pretrain(folder, args.ndim, args.pretrain_iterations)
+            # coverfast
+            backbone = coverfast.load_backbone(path)
+            # end
+            kind = (backbone.ndim, backbone.in_channels, backbone.strides[-1])
+            if kind != (args.ndim, 1, 1):
+                parser.error(
+                    f"the backbone must be one for {args.ndim}D images of 1 channel with finest features of stride 1, "
+                    "got one for {}D, {} and {}".format(*kind)
+                )
+            torch.manual_seed(SEED)
+            networks = {"scratch": build(backbone.description), "pretrained": backbone}
         results = {name: train(name, network, files, args) for name, network in networks.items()}
     print(f"{args.ndim}D, {args.cases} labelled phantoms, {args.iterations} iterations, {args.held_out} held out")
     for name, (losses, dice) in results.items():

@@ -139,7 +139,7 @@ def errors(method, views, labels):
 
 def main():
     """Train with both, and print them side by side."""
-    args = arguments(__doc__.splitlines()[0], sizes=(96, 24), windows=(9, 5), steps=60)
+    args = arguments(__doc__.splitlines()[0], sizes=(96, 24), windows=(9, 5), steps=50)
     images, labels = phantoms(args, 12, SEED)
     learned, held_out, labels = images[:8], images[8:], labels[8:].to(args.device)
     generator = torch.Generator().manual_seed(SEED)

@@ -41,7 +41,8 @@ def train(methods, batches, learning_rate):
 
     They step in turn, and not always in the same order, so that a busy moment of the machine meets both.
     """
-    optimizers = [torch.optim.Adam(method.parameters(), learning_rate) for method in methods]
+    # The usual eps of 1e-8 would blow up the rounding of gradients that are zero to steps as long as any.
+    optimizers = [torch.optim.Adam(method.parameters(), learning_rate, eps=1e-4) for method in methods]
     losses, seconds = ([[] for _ in methods] for _ in range(2))
     order, shuffle = list(range(len(methods))), random.Random(0).shuffle
     for step, batch in enumerate(batches, start=1):

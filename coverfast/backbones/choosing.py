@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from coverfast.backbone_names import LIBRARIES, kind_of
@@ -131,8 +132,9 @@ def need(module: str, package: str) -> Any:
         if (error.name or "").partition(".")[0] == module.partition(".")[0]:
             raise Unavailable(f"this backbone needs {package}: pip install coverfast[backbones]") from error
         raise Unavailable(f"{package} must be importable for this backbone, but {error}") from error
-    except RuntimeError as error:  # torchvision beside a torch it was not built for
-        raise Unavailable(f"{package} must be importable for this backbone, but {error}") from error
+    except RuntimeError as error:
+        hint = f"; torchvision must be one that was made for torch {torch.__version__}" * ("torchvision" in str(error))
+        raise Unavailable(f"{package} must be importable for this backbone, but {error}{hint}") from error
 
 
 def among(what: str, name: str, names: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -18,19 +18,22 @@ class StepwiseNorm(nn.Module):
     where sums of a row at a time are off by 2e-7.
     """
 
-    def __init__(self, norm: nn.Module, groups: int, eps: float) -> None:
+    def __init__(self, norm: Any, groups: int, eps: float) -> None:
         super().__init__()
         self.groups, self.eps = groups, eps
-        self.weight, self.bias = norm.weight, norm.bias
+        self.weight: nn.Parameter | None = norm.weight
+        self.bias: nn.Parameter | None = norm.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Of `(B, C, *S)`, as it came."""
         x = x.unflatten(1, (self.groups, -1))
         x = x - _mean(x)
         x = x * (_mean(x.square()) + self.eps).rsqrt()
+        shape = (self.groups, -1, *[1] * (x.ndim - 3))
         if self.weight is not None:
-            shape = (self.groups, -1, *[1] * (x.ndim - 3))
-            x = x * self.weight.view(shape) + self.bias.view(shape)
+            x = x * self.weight.view(shape)
+        if self.bias is not None:
+            x = x + self.bias.view(shape)
         return x.flatten(1, 2)
 
 

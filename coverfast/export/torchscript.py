@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections.abc import Mapping
 from typing import Any, List  # noqa: UP035
 
@@ -57,6 +58,16 @@ def torchscript_file(graph: Graph, sizes: Sizes, about: Mapping[str, str]) -> tu
         module = traced(_Guarded(graph, sizes).eval(), sizes.trials[0].image)
         memory = io.BytesIO()
         torch.jit.save(module, memory, _extra_files={FACTS: json.dumps(about)})
-        content = memory.getvalue()
+        content = _without_sources(memory)
         loaded = torch.jit.load(io.BytesIO(content))
     return content, lambda image: several(loaded(image))
+
+
+def _without_sources(memory: io.BytesIO) -> bytes:
+    """A TorchScript file without the lines of Python it comes from: they hold paths of this machine."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(memory) as before, zipfile.ZipFile(out, "w") as after:
+        for entry in before.infolist():
+            if not entry.filename.endswith(".debug_pkl"):
+                after.writestr(entry.filename, before.read(entry))
+    return out.getvalue()
