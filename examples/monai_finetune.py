@@ -61,10 +61,10 @@ SIZE, CROP = {2: 128, 3: 48}, {2: 96, 3: 32}  # pixels an axis
 BOTH = ["image", "label"]
 
 
+# coverfast
 class Segmenter(nn.Module):
     """Logits of every pixel: the finest features, standardised, through a 1x1 convolution."""
 
-    # coverfast
     def __init__(self, backbone, classes):
         super().__init__()
         ndim, width = backbone.ndim, backbone.feature_channels[-1]
@@ -74,7 +74,8 @@ class Segmenter(nn.Module):
     def forward(self, images):
         return self.head(self.backbone(images)[-1])  # the last of the maps is the finest
 
-    # end
+
+# end
 
 
 def transforms(ndim, crop=None):

@@ -54,10 +54,10 @@ SEED, SIZE, CROP = 0, 128, 96  # pixels an axis
 DATASET = "Dataset001_Phantom"
 
 
+# coverfast
 class Segmenter(nn.Module):
     """Logits of every pixel: the finest features, standardised, through a 1x1 convolution."""
 
-    # coverfast
     def __init__(self, backbone, classes):
         super().__init__()
         norm, conv = ((nn.InstanceNorm2d, nn.Conv2d), (nn.InstanceNorm3d, nn.Conv3d))[backbone.ndim - 2]
@@ -67,13 +67,10 @@ class Segmenter(nn.Module):
     def forward(self, images):
         return self.head(self.backbone(images)[-1])  # the last of the maps is the finest
 
-    # end
-
 
 class CoverfastTrainer(nnUNetTrainerNoDeepSupervision):
     """nnU-Net's trainer with the backbone that COVERFAST_BACKBONE names."""
 
-    # coverfast
     @staticmethod
     def build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False
@@ -83,7 +80,8 @@ class CoverfastTrainer(nnUNetTrainerNoDeepSupervision):
     def set_deep_supervision_enabled(self, enabled):
         pass  # the network has one output
 
-    # end
+
+# end
 
 
 class ScratchTrainer(CoverfastTrainer):

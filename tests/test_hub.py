@@ -32,8 +32,8 @@ pytest.importorskip("huggingface_hub")
 
 import huggingface_hub
 
+from coverfast.export.facts import fingerprint
 from coverfast.hub import Facts, HubBackbone, model
-from coverfast.hub.facts import fingerprint
 from coverfast.hub.preprocessing import in_words
 
 FILES = {"README.md", "backbone.safetensors", "config.json", "curves.png"}

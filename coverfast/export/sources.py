@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from coverfast.backbones import Backbone, load_backbone
+from coverfast.backbones import Backbone, load_backbone, load_pyramid
 from coverfast.backbones.files import Tell, backbone_bytes, described
 from coverfast.checks import per_axis, require
-from coverfast.disk import explained
-from coverfast.downstream.network import Network, load_network
+from coverfast.downstream.network import Network, load_network, network_bytes
+from coverfast.export.facts import Facts, shareable
+from coverfast.pyramid import VectorPyramid
 from coverfast.training.config import as_plain
 from coverfast.training.restore import restore_method
 from coverfast.training.runs import Run
+
+#: What is said of a network with its head, beside its settings.
+_KEPT = ("iteration", "figures", "score")
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,18 @@ class Source:
     Attributes:
         file: it was read from.
         network: a backbone, or one with its head, on the CPU, evaluating.
-        config: settings of the run it comes from.
+        config: settings of the run it comes from, of which nothing names a place or a person.
         preprocessing: how the images it learned from were made, as shards say it.
+        pyramid: where a backbone's file has one.
+        about: what is known of a network with its head beside that.
     """
 
     file: Path
     network: Backbone | Network
     config: Mapping[str, Any]
     preprocessing: Mapping[str, Any]
+    pyramid: VectorPyramid | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def backbone(self) -> Backbone:
@@ -76,12 +84,11 @@ class Source:
         return found | names | {"crop": list(network.crop)}
 
     def tensors(self) -> bytes:
-        """The safetensors file of it: the very file where it is one already."""
-        if self.file.suffix != ".pt":
-            with explained(self.file, "read"):
-                return self.file.read_bytes()
-        assert isinstance(self.network, Backbone)
-        return backbone_bytes(self.network, config=self.config, preprocessing=self.preprocessing)
+        """The safetensors file of it."""
+        if isinstance(self.network, Network):
+            return network_bytes(self.network, {**self.about, "settings": self.config})
+        config, preprocessing = self.config, self.preprocessing
+        return backbone_bytes(self.network, config=config, preprocessing=preprocessing, pyramid=self.pyramid)
 
 
 def open_source(path: str | Path, *, own: str | None = None, tell: Tell | None = None) -> Source:
@@ -107,12 +114,22 @@ def open_source(path: str | Path, *, own: str | None = None, tell: Tell | None =
     metadata = _metadata(path)
     if metadata.get("format") == "coverfast-network":
         network = load_network(path, own=own, tell=tell)
+        network.backbone = shareable(network.backbone)
         with described(path):
-            config = json.loads(metadata["about"]).get("settings", {})
-        return Source(path, network, config, network.preprocessing)
-    backbone = load_backbone(path, own=own, tell=tell)
+            about = json.loads(metadata["about"])
+            config = _travelling(about.get("settings", {}), path)
+        kept = {name: about[name] for name in _KEPT if name in about}
+        return Source(path, network, config, network.preprocessing, about=kept)
+    backbone = shareable(load_backbone(path, own=own, tell=tell))
     with described(path):
-        return Source(path, backbone, json.loads(metadata["config"]), json.loads(metadata["preprocessing"]))
+        config, preprocessing = (json.loads(metadata[name]) for name in ("config", "preprocessing"))
+    pyramid = load_pyramid(path, tell=tell) if "pyramid" in metadata else None
+    return Source(path, backbone, _travelling(config, path), preprocessing, pyramid)
+
+
+def _travelling(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Those settings that may leave the machine with the weights."""
+    return Facts.of({"settings": config}, str(path))[0].settings
 
 
 def _checkpoint(path: Path, own: str | None, tell: Tell | None) -> Source:
@@ -123,7 +140,7 @@ def _checkpoint(path: Path, own: str | None, tell: Tell | None) -> Source:
     assert isinstance(backbone, Backbone)
     if path.is_dir():
         path = path / "checkpoints" / f"iteration-{found.iteration:08d}.pt"
-    return Source(path, backbone, as_plain(found.settings), found.preprocessing)
+    return Source(path, shareable(backbone), _travelling(as_plain(found.settings), path), found.preprocessing)
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from coverfast.backbones import Backbone, UNet
 from coverfast.backbones.base import title
-from coverfast.hub.facts import Facts
+from coverfast.export.facts import Facts
 from coverfast.hub.preprocessing import in_words
 from coverfast.pyramid import VectorPyramid
 from coverfast.report.metrics import meaning

@@ -21,8 +21,8 @@ from coverfast.backbones import Backbone, backbone_file, load_backbone, load_pyr
 from coverfast.backbones.files import Tell, backbone_bytes, described
 from coverfast.checks import InputError, require
 from coverfast.disk import explained, write_atomically
+from coverfast.export.facts import Facts, figures_of, fingerprint, shareable
 from coverfast.hub.card import card_text, tags
-from coverfast.hub.facts import Facts, figures_of, fingerprint, shareable
 from coverfast.pyramid import VectorPyramid
 from coverfast.report import load_metrics
 from coverfast.report.curves import curves_sheet
