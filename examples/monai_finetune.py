@@ -68,8 +68,8 @@ class Segmenter(nn.Module):
     def __init__(self, backbone, classes):
         super().__init__()
         ndim, width = backbone.ndim, backbone.feature_channels[-1]
-        self.backbone = backbone
-        self.head = nn.Sequential(Norm["instance", ndim](width), Conv["conv", ndim](width, classes, 1))
+        norm, conv = Norm["instance", ndim], Conv["conv", ndim]
+        self.backbone, self.head = backbone, nn.Sequential(norm(width), conv(width, classes, 1))
 
     def forward(self, images):
         return self.head(self.backbone(images)[-1])  # the last of the maps is the finest

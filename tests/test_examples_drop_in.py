@@ -12,9 +12,10 @@ import pytest
 from test_examples import ROOT, figures
 
 PIXELS, REGISTRATION = "pixel_consistency", "registration_cost_volume"
-#: The curves of the two variants part by rounding alone, at most 3e-6 in 50 steps; a window that lacks its mask at the
-#: border, or a wrong scale, parts them by 1e-2.
-ROUNDING = 1e-4
+#: The curves of the two variants part by rounding, 1e-7 here. Where a pixel's match lies on a pixel centre to rounding,
+#: interpolation has the slope of the one cell or of the other, and they part by up to 5e-5 later. A window that lacks its
+#: mask at the border parts them by 6e-4 at least.
+ROUNDING = 2e-4
 
 
 def printed(script: str, *options: str, folder: Path) -> str:
@@ -29,7 +30,7 @@ def printed(script: str, *options: str, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("script", "options", "better"),
     [
-        (PIXELS, ["--size", "48", "--window", "9", "--steps", "40"], "share in its own tissue"),
+        (PIXELS, ["--size", "48", "--window", "7", "--steps", "40"], "share in its own tissue"),
         (REGISTRATION, ["--size", "48", "--window", "7", "--steps", "20"], "Dice"),
     ],
 )
