@@ -24,6 +24,7 @@ def import_cover(
     from coverfast.disk import write_atomically
 
     require(not out.exists(), f"out must be a new file, but {out} exists")
+    require(out.parent.is_dir(), f"out must lie in a folder that is there, but there is no {out.parent}")
     found = read(checkpoint, head_dim=head_dim)
     print(printable(f"{checkpoint}: {found.report}"))
     for note in found.notes:

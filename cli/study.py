@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coverfast.cli.options import with_settings
+from coverfast.cli.options import OwnBackbone, with_settings
 from coverfast.study.settings import RetestSettings, TransferSettings
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def features(
     seed: Annotated[int, typer.Option(min=0, help="key of the pixels, the random weights and t-SNE")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     out: Annotated[Path | None, typer.Option(help="folder; default runs/<date>-<time>-features")] = None,
+    backbone: OwnBackbone = None,
 ) -> None:
     """Show features of pixels by class (PCA, t-SNE) beside those of random weights, and how far classes lie apart."""
     from coverfast.cli.progress import working
@@ -91,9 +92,8 @@ def features(
 
     folder = out or _folder("features")
     with working("features") as tell:
-        result = study_features(
-            backbones, data, folder, split=split, samples=samples, level=level, seed=seed, device=device, tell=tell
-        )
+        how: dict[str, Any] = {"split": split, "samples": samples, "level": level, "seed": seed, "device": device}
+        result = study_features(backbones, data, folder, **how, own=backbone, tell=tell)
     print_table("Features by class", *features_rows(result))
     for name in ("features.json", "features.md", "features.png"):
         print(f"  {folder / name}")

@@ -119,8 +119,8 @@ class PixelConsistency(nn.Module):
         for theirs, ours in zip(self.momentum.parameters(), self.online.parameters(), strict=True):
             theirs.data.lerp_(ours.data, 1 - MOMENTUM)
         features, there, found = self.find(view_a, view_b, known)
-        # A pixel that finds itself at a pixel's centre, to rounding, gets the slope of one cell or of the next: the only
-        # place where the two variants can part by more than rounding.
+        # A match on a pixel's centre, to rounding, gets the slope of one cell or of the next: only there can the two
+        # variants part by more than rounding.
         agreement = F.cosine_similarity(self.propagate(features), warp(there, found, padding="border"))
         return 1 - agreement[both[:, 0]].mean()
 

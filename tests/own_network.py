@@ -53,3 +53,46 @@ def stepping(ndim: int, in_channels: int) -> nn.Module:
 def number(ndim: int, in_channels: int) -> int:
     """No network at all."""
     return ndim * in_channels
+
+
+class Looking(Small):
+    """Looks at values, imports what lies beside it, and leaves its first layer as it is drawn."""
+
+    def __init__(self, ndim: int, in_channels: int) -> None:
+        super().__init__(ndim, in_channels, normed=False)
+        import libraries  # noqa: F401
+
+        self.first.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return super().forward(x / 2 if x.max() > 2 else x)
+
+
+class Pooled(Small):
+    """Maps of one size whatever the image's."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        pool = {4: nn.functional.adaptive_avg_pool2d, 5: nn.functional.adaptive_avg_pool3d}[x.ndim]
+        return [pool(f, size) for f, size in zip(super().forward(x), (8, 16, 32), strict=True)]
+
+
+class Overlapping(Small):
+    """Two buffers that share memory."""
+
+    def __init__(self, ndim: int, in_channels: int) -> None:
+        super().__init__(ndim, in_channels)
+        from torch import zeros
+
+        whole = zeros(10)
+        self.register_buffer("head", whole[:8])
+        self.register_buffer("tail", whole[2:])
+
+
+def failing(ndim: int, in_channels: int) -> nn.Module:
+    """Does not get as far as a network."""
+    raise RuntimeError("no such thing\nand more")
+
+
+def lazy(ndim: int, in_channels: int) -> nn.Module:
+    """Weights of no shape yet."""
+    return nn.Sequential(nn.LazyConv2d(8, 3))

@@ -108,7 +108,6 @@ def test_the_same_features_without_coverfast(ndim: int, runs: dict[int, Run], tm
         least = strides[0] * (2 if name == "pt2" else 1)
         assert facts["sizes"].startswith(f"multiples of {strides[0]} from {least} on")
     home = str(runs[ndim].folder.parent).encode()
-    assert home in runs[ndim].backbone.read_bytes()  # the run's own file knows where its data lie
     for to, suffix in FORMATS.items():
         content = (tmp_path / f"network{suffix}").read_bytes()
         assert home not in content, to  # what travels does not

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from strategies import refused
 from training_runs import TINY, make_shard, ready, resume, start
 
 from coverfast import InputError, UNet, VectorPyramid, load_backbone
+from coverfast.backbones import read_backbone
 from coverfast.backbones.files import backbone_bytes
 from coverfast.downstream import plan as downstream
 from coverfast.phantom import phantom
@@ -89,8 +93,12 @@ def test_a_file_with_a_pyramid_starts_both(grey: Path, tmp_path: Path) -> None:
     assert any("pyramid from" in note and "20 matched" in note for note in run.notes)
     for name, value in pyramid.state_dict().items():
         assert torch.equal(run.method.pyramid.state_dict()[name], value)
-    run = ready(grey, tmp_path / "run", iterations=1, init=str(path), groups=(2, 1, 1, 1, 1))
+    with refused("init must have a pyramid like the run", "groups (1, 1, 1, 1, 1) of 8", "--partial"):
+        ready(grey, tmp_path / "run", iterations=1, init=str(path), groups=(2, 1, 1, 1, 1))
+    run = ready(grey, tmp_path / "run", iterations=1, init=str(path), groups=(2, 1, 1, 1, 1), partial=True)
     assert any("the pyramid of" in note and "left out" in note for note in run.notes)
+    run = ready(grey, tmp_path / "run", iterations=1, init=str(path), window=(5,))
+    assert any("it matched in windows of [(3, 3)" in note and "[(5, 5)" in note for note in run.notes)
 
 
 def test_another_network_is_named(grey: Path, tmp_path: Path, backbone: Path) -> None:
@@ -120,3 +128,39 @@ def test_a_run_resumes_that_is_older_than_a_setting(grey: Path, tmp_path: Path) 
     run.config.write_text(run.config.read_text().replace("seed = 0", "seed = 1"))
     with pytest.raises(InputError, match="seed was changed"):
         resume(run, iterations=2)
+
+
+def test_weights_that_lose_their_meaning_are_refused(grey: Path, backbone: Path, tmp_path: Path) -> None:
+    content = backbone.read_bytes()
+    state, metadata = read_backbone(backbone)
+    state = {name: value.clone() for name, value in state.items()}  # or they would change with the file
+    for change, words in (
+        (lambda x: x.to(torch.int8), ("float32 or the like for stem.0.weight", "int8")),
+        (lambda x: x.to(torch.complex64), ("float32 or the like for stem.0.weight", "complex64")),
+        (lambda x: torch.full_like(x, torch.nan), ("finite numbers, but stem.0.weight",)),
+    ):
+        backbone.write_bytes(save({**state, "stem.0.weight": change(state["stem.0.weight"])}, metadata))
+        with refused(*words):
+            load_backbone(backbone)
+    told: list[str] = []
+    backbone.write_bytes(save({name: value.half() for name, value in state.items()}, metadata))
+    load_backbone(backbone, tell=told.append)
+    assert f"{len(state)} matched, {len(state)} converted from float16, 0 missing" in told[0]
+    backbone.write_bytes(save({**state, "\x1b[2J": torch.zeros(1)}, metadata))
+    load_backbone(backbone, strict=False, tell=told.append)
+    assert "1 unexpected (\\x1b[2J)" in told[1]
+    backbone.with_suffix(".pt").write_bytes(content)
+    with refused("backbone.safetensors file, got a checkpoint", "coverfast export"):
+        load_backbone(backbone.with_suffix(".pt"))
+    with refused("in_channels must be at least 1, got 0"):
+        load_backbone(backbone, in_channels=0)
+
+
+def test_a_run_knows_what_it_started_from(grey: Path, backbone: Path, tmp_path: Path) -> None:
+    run = start(grey, tmp_path / "run", iterations=1, init=str(backbone), ema=0.9)
+    about = tomllib.loads(run.config.read_text())["provenance"]
+    assert about["init_sha256"] == hashlib.sha256(backbone.read_bytes()).hexdigest()
+    assert "72 matched, 0 missing, 0 unexpected, 0 reshaped" in about["init_report"]
+    assert str(tmp_path).encode() not in run.backbone.read_bytes()  # which goes to others
+    average = ready(grey, tmp_path / "other", iterations=1, init=str(backbone), ema=0.9).engine.ema
+    assert torch.equal(average.backbone.state_dict()["stem.0.weight"], read_backbone(backbone)[0]["stem.0.weight"])

@@ -262,6 +262,8 @@ def test_a_probe_leaves_the_whole_backbone_as_it_was(masks, tmp_path):
         (f"{CODE}:stepping", (), ("halves", "(32, 16, 4)")),
         (f"{CODE}:number", (), ("torch.nn.Module", "int")),
         (f"{CODE}:nothing", (), ("imported", "nothing")),
+        (f"{CODE}:failing", (), ("fails: no such thing",)),
+        (f"{CODE}:lazy", (), ("lazy",)),
         ("nowhere.py:Net", (), ("no file nowhere.py",)),
         ("no.such.module:Net", (), ("imported", "no.such.module:Net")),
         (OWN, ("depth=3",), ("Small(ndim=2, in_channels=1, ...)", "depth")),
@@ -275,6 +277,82 @@ def test_a_probe_leaves_the_whole_backbone_as_it_was(masks, tmp_path):
 def test_backbones_that_are_none(name, args, words):
     with declined(*words):
         choose(name, args, ndim=2, in_channels=1)
+
+
+def test_maps_must_follow_the_image(shard, tmp_path):
+    found = choose(f"{CODE}:Pooled", ndim=2, in_channels=1)
+    assert found.strides == (16, 8, 4)
+    with pytest.raises(InputError, match=r"strides \(16, 8, 4\) for .* any size, but for 32x32 they are \(4, 2, 1\)"):
+        ready(shard, tmp_path / "run", iterations=1, **tiny(backbone=f"{CODE}:Pooled"))
+
+
+def test_what_code_froze_stays_so(masks, tmp_path):
+    """Of a network that looks at values, and imports what lies beside it."""
+    looking = f"{CODE}:Looking"
+    run = start(masks, tmp_path / "pre", iterations=2, **tiny(backbone=looking))
+    fine = finetune(masks, tmp_path / "fine", init=str(run.folder), backbone=looking, task="classification")
+    before, after = weights(run), load_network(fine, own=looking, tell=None).backbone.core.state_dict()
+    assert torch.equal(before["first.0.weight"], after["first.0.weight"])
+    assert not torch.equal(before["second.0.weight"], after["second.0.weight"])
+
+
+def test_buffers_that_share_memory_are_written(shard, tmp_path):
+    name = f"{CODE}:Overlapping"
+    run = start(shard, tmp_path / "run", iterations=1, **tiny(backbone=name))
+    assert load_backbone(run.folder, own=name, tell=None).core.tail.shape == (8,)
+
+
+def test_the_same_tensors_of_another_network_are_refused(shard, tmp_path):
+    first = start(shard, tmp_path / "first", iterations=1, **tiny(backbone_args=("drop=0.1",)))
+    with declined("drop=0.1", "--partial"):
+        ready(shard, tmp_path / "run", iterations=1, init=str(first.folder), **tiny())
+    found = ready(shard, tmp_path / "run", iterations=1, init=str(first.folder), partial=True, **tiny())
+    assert same(found.method.backbone.core.state_dict(), weights(first))
+
+
+def test_code_that_has_moved_or_changed(shard, tmp_path):
+    """A run is resumed with it, and says what is not as it was."""
+    place = tmp_path / "code" / "own_network.py"
+    place.parent.mkdir()
+    place.write_bytes(CODE.read_bytes())
+    run = start(shard, tmp_path / "run", iterations=1, **tiny(backbone=f"{place}:Small"))
+    place.unlink()
+    with declined("no file", str(place)):
+        resume(run, iterations=2)
+    found = resume(run, iterations=2, backbone=OWN)
+    assert not any("the code of" in note for note in found.notes)
+    place.write_text(CODE.read_text() + "# changed\n")
+    found = resume(run, iterations=2, backbone=f"{place}:Small")
+    assert any("the code of the backbone was" in note for note in found.notes)
+    with pytest.raises(InputError, match="backbone cannot change"):
+        resume(run, iterations=2, backbone="unet")
+
+
+def test_all_processes_validate_one_network(shard, tmp_path):
+    """The first one's, statistics and all: the others have kept those of their own samples."""
+    spy = (
+        """
+from coverfast.training.pretrain import Pretraining
+validate = Pretraining._validate
+def told(self, iteration):
+    found = validate(self, iteration)
+    total = sum(float(b.double().sum()) for b in self.method.buffers())
+    total += sum(float(b.double().sum()) for b in self.engine.ema.buffers())
+    open(f"{here}/{{self.world.rank}}-{{iteration}}", "w").write(repr(total))
+    return found
+Pretraining._validate = told
+""".replace("{here}", str(tmp_path))
+        .replace("{{", "{")
+        .replace("}}", "}")
+    )
+    flags = ["--preset", "small-2d", "--batch", "4", "--crop", "32", "--window", "3", "--threads", "1", "--iterations"]
+    flags += ["2", "--val-every", "1", "--ema", "0.5", "--val", str(shard), "--no-tensorboard", "--backbone", OWN]
+    command = ["pretrain", "--data", str(shard), "--run", str(tmp_path / "two"), *flags]
+    commands = together(2, command, tmp_path / "log", spy)
+    assert [c.wait() for c in commands] == [0, 0], commands[0].errors
+    for iteration in (1, 2):
+        one, two = ((tmp_path / f"{rank}-{iteration}").read_text() for rank in range(2))
+        assert one == two
 
 
 def test_settings_that_are_the_u_nets_alone(shard, tmp_path):

@@ -45,6 +45,14 @@ class Adapted(Backbone):
         self.ndim, self.in_channels = int(description["ndim"]), int(description["in_channels"])
         self.image_size = None if size is None else per_axis("the size of its images", size, self.ndim)
         self.feature_channels, self.strides = self._measured(self.image_size or (128,) * self.ndim)
+        if self._description["kind"] == "own":  # other libraries have attributes of these names that say something else
+            for own in ("feature_channels", "strides"):
+                measured = getattr(self, own)
+                said = tuple(getattr(model, own, measured))
+                if said != measured:
+                    raise InputError(
+                        f"{own} of {title(self._description)} must be those of its maps, {measured}, got {said}"
+                    )
 
     @property
     def core(self) -> nn.Module:
@@ -80,11 +88,34 @@ class Adapted(Backbone):
             )
         super().check_size(name, size)
 
+    def check_maps(self, size: Sequence[int]) -> None:
+        """Refuse a network whose maps do not follow the size of the image."""
+        found = self._measured(tuple(size))
+        if found != (self.feature_channels, self.strides):
+            raise InputError(
+                f"{title(self._description)} must return maps of strides {self.strides} for images of any size, but "
+                f"for {'x'.join(map(str, size))} they are {found[1]}"
+            )
+
     def _measured(self, size: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         name, shown = title(self._description), "x".join(map(str, size))
         images = f"images of {self.in_channels} channel(s) and {self.ndim} axes, {shown} for one"
+        if self.image_size is None and self._description["kind"] == "own":
+            images += " (a network for one size alone has the attribute image_size)"
+        lazy = any(isinstance(p, nn.parameter.UninitializedParameter) for p in self.model.parameters())
+        if lazy:
+            raise InputError(
+                f"{name} must have weights of known shapes, but some are lazy; pass an image through it first"
+            )
         with refusing(f"{name} must take {images}"), torch.no_grad():
-            found = without_values(self.model, self.run, (1, self.in_channels, *size))[1]
+            try:
+                found = without_values(self.model, self.run, (1, self.in_channels, *size))[1]
+            except Exception:
+                if self._description["kind"] != "own":
+                    raise
+                # Some look at values or leave torch: these see a real image, of zeros.
+                size = self.image_size or (64,) * self.ndim
+                found = self.run(copy.deepcopy(self.model).eval(), torch.zeros(1, self.in_channels, *size))
         maps = list(found) if isinstance(found, (list, tuple)) else []
         whole = bool(maps) and all(isinstance(f, Tensor) and f.ndim == self.ndim + 2 for f in maps)
         if not whole:
@@ -99,11 +130,6 @@ class Adapted(Backbone):
             )
         channels, found_strides = tuple(int(f.shape[1]) for f in maps), tuple(int(min(s)) for s in strides)
         check_levels(name, channels, found_strides)
-        for own, measured in (("feature_channels", channels), ("strides", found_strides)):
-            # Other libraries have attributes of these names that say something else.
-            said = getattr(self.model, own, measured) if self._description["kind"] == "own" else measured
-            if tuple(said) != measured:
-                raise InputError(f"{own} of {name} must be those of the maps it returns, {measured}, got {tuple(said)}")
         return channels, found_strides
 
 

@@ -55,6 +55,9 @@ class Backbone(nn.Module):
         """Refuse a size of images, called `name`, that the network does not take."""
         check_stride(name, size, self.strides[0])
 
+    def check_maps(self, size: Sequence[int]) -> None:
+        """Refuse a network whose maps of an image of such a size are not of its strides."""
+
     def encode(self, x: Tensor) -> list[Tensor]:
         """Features whose last ones are the coarsest of `forward`, computed without a decoder where that can be."""
         return self(x)[:1]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from coverfast.backbone_names import LIBRARIES, kind_of
-from coverfast.backbones.adapted import Adapted
+from coverfast.backbones.adapted import Adapted, refusing
 from coverfast.backbones.base import Backbone
 from coverfast.backbones.unet import PAPER_CHANNELS, UNet
 from coverfast.checks import InputError, require
@@ -82,7 +82,8 @@ def build(description: Mapping[str, Any], *, own: str | None = None) -> Backbone
     require(not values, f"a description of a backbone must not have {', '.join(values)}")
     require(isinstance(network, str) and isinstance(args, dict), "name must be a string and args a table")
     args = _plain(args)
-    require(ndim in (2, 3) and isinstance(in_channels, int) and in_channels >= 1, "ndim must be 2 or 3")
+    require(ndim in (2, 3), f"ndim must be 2 or 3, got {ndim!r}")
+    require(isinstance(in_channels, int) and in_channels >= 1, f"in_channels must be at least 1, got {in_channels!r}")
     if kind == "own":
         if own is None:
             raise Unavailable(
@@ -150,17 +151,15 @@ def _own(place: str, ndim: int, in_channels: int, args: Mapping[str, Any]) -> Ba
     """A network by the user's code."""
     where, _, attribute = place.rpartition(":")
     require(bool(where and attribute), f"backbone must be {_KINDS}, got {place!r}")
-    try:
+    # What the code itself imports lies beside it, or where the command was given; it may do so later, too.
+    folder = str(Path(where).parent.absolute() if where.endswith(".py") else Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    with refusing(f"backbone must be code that can be imported, {place} for one"):
         module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
         factory = getattr(module, attribute)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
-        raise InputError(f"backbone must be code that can be imported, but {place} cannot: {error}") from error
-    try:
+    with refusing(f"{place} must be called as {attribute}(ndim={ndim}, in_channels={in_channels}, ...)"):
         model = factory(ndim=ndim, in_channels=in_channels, **args)
-    except TypeError as error:
-        raise InputError(
-            f"{place} must be called as {attribute}(ndim={ndim}, in_channels={in_channels}, ...), but: {error}"
-        ) from error
     require(isinstance(model, nn.Module), f"{place} must give a torch.nn.Module, got {type(model).__name__}")
     description = {"kind": "own", "name": place, "args": dict(args), "ndim": ndim, "in_channels": in_channels}
     return Adapted(model, _call, description, size=getattr(model, "image_size", None))

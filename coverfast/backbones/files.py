@@ -59,9 +59,10 @@ def to_bytes(tensors: Mapping[str, Tensor], kind: str, about: Mapping[str, Any])
     seen: set[int] = set()
     for name, value in tensors.items():
         value = value.detach().cpu().contiguous()
-        # A tensor under two names is written twice: whoever reads the file need not know that the two are one.
-        whole[name] = value.clone() if value.data_ptr() in seen else value
-        seen.add(value.data_ptr())
+        # Memory under two names is written twice: whoever reads the file need not know that the two are one.
+        storage = value.untyped_storage().data_ptr()
+        whole[name] = value.clone() if storage in seen else value
+        seen.add(storage)
     return save(whole, metadata)
 
 
@@ -90,6 +91,7 @@ def load_backbone(
         InputError: when the file is missing, damaged, no coverfast backbone, or does not hold the tensors of the
             network its metadata describe.
     """
+    require(in_channels is None or in_channels >= 1, f"in_channels must be at least 1, got {in_channels}")
     path = backbone_file(path)
     state, metadata = read_backbone(path)
     with described(path):
@@ -104,8 +106,16 @@ def load_backbone(
         backbone = build({**description, "in_channels": in_channels or channels}, own=own)
     report = load_state(backbone.core, state, str(path), strict=strict, adapt=in_channels or 0)
     if tell:
-        tell(f"{path}: {report}")
+        tell(f"{path}: {report.every if not strict else report}{beside(path, metadata)}")
     return backbone.eval()
+
+
+def beside(path: str | Path, metadata: Mapping[str, str]) -> str:
+    """What a file holds beside its backbone, for people."""
+    if "pyramid" not in metadata:
+        return ""
+    count = sum(name.startswith(_PYRAMID) for name in _read(path)[0])
+    return f"; its pyramid of {count} tensors is left to load_pyramid"
 
 
 def load_pyramid(path: str | Path, *, tell: Tell | None = print) -> VectorPyramid:
@@ -163,6 +173,10 @@ def read_tensors(path: str | Path, kind: str, what: str) -> tuple[dict[str, Tens
     """
     path = Path(path)
     require(path.is_file(), f"{path} must be a {what}.safetensors file, but there is no such file")
+    require(
+        path.suffix not in (".pt", ".pth", ".ckpt"),
+        f"{path} must be a {what}.safetensors file, got a checkpoint; coverfast export --to safetensors makes one",
+    )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

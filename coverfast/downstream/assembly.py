@@ -17,7 +17,7 @@ from torch import Tensor
 from coverfast.backbones import Backbone, backbone_file, build, choose, read_backbone
 from coverfast.backbones.base import title
 from coverfast.backbones.choosing import parsed
-from coverfast.backbones.files import described
+from coverfast.backbones.files import beside, described
 from coverfast.checks import InputError, require
 from coverfast.downstream.network import Network
 from coverfast.downstream.settings import FinetuneSettings
@@ -92,12 +92,17 @@ _HOW = {
 
 
 class Pretrained(NamedTuple):
-    """Weights to start from. preprocessing: how the images they were learned from were made. sha256: of the file."""
+    """Weights to start from.
+
+    preprocessing: how the images they were learned from were made. sha256: of the file. beside: what else is in it, for
+    people.
+    """
 
     description: dict[str, Any]
     tensors: dict[str, Tensor]
     preprocessing: dict[str, Any]
     sha256: str
+    beside: str
 
 
 def pretrained(path: str, ndim: int, channels: int, *, own: str | None = None, adapt: bool = False) -> Pretrained:
@@ -114,9 +119,10 @@ def pretrained(path: str, ndim: int, channels: int, *, own: str | None = None, a
         restored = restore_method(place, own=own)  # checks its kind
         found, about = restored.method.backbone, restored.preprocessing
         assert isinstance(found, Backbone)
-        tensors = found.core.state_dict()
+        tensors, left = found.core.state_dict(), ""
     else:
         tensors, metadata = read_backbone(place)
+        left = beside(place, metadata)
         with described(place), torch.random.fork_rng(devices=[]):
             found = build(json.loads(metadata["backbone"]), own=own)
             about = json.loads(metadata["preprocessing"])
@@ -130,7 +136,8 @@ def pretrained(path: str, ndim: int, channels: int, *, own: str | None = None, a
             f"init must be a backbone for {channels} channel(s) like data, but {place} is for {found.in_channels}"
             + ("; --adapt-input adapts its first convolution" if found.in_channels == 1 else ""),
         )
-    return Pretrained(found.description, tensors, about, hashlib.sha256(place.read_bytes()).hexdigest())
+    digest = hashlib.sha256(place.read_bytes()).hexdigest()
+    return Pretrained(found.description, tensors, about, digest, left)
 
 
 def with_backbone(s: FinetuneSettings, description: Mapping[str, Any]) -> FinetuneSettings:

@@ -20,7 +20,7 @@ from coverfast.downstream.network import Network, network_about, network_bytes
 from coverfast.downstream.settings import FinetuneSettings
 from coverfast.downstream.tasks import Task
 from coverfast.downstream.validation import Validation
-from coverfast.training.config import as_plain
+from coverfast.training.config import travelling
 from coverfast.training.estimate import duration
 from coverfast.training.rehearsal import Rehearsal
 from coverfast.training.runs import Run
@@ -35,6 +35,7 @@ class Finetuning(Training):
     settings: FinetuneSettings
     best: float | None = None
     init_sha256: str = ""
+    init_report: str = ""
 
     @property
     def labelled(self) -> bool:  # type: ignore[override]
@@ -58,7 +59,8 @@ class Finetuning(Training):
 
     def facts(self) -> dict[str, str]:
         """See `Training`."""
-        return {"init_sha256": self.init_sha256} if self.init_sha256 else {}
+        found = {"init_sha256": self.init_sha256, "init_report": self.init_report}
+        return found if self.init_sha256 else {}
 
     def _blank(self) -> Task:
         return build_task(self.settings, self.shards)
@@ -143,7 +145,7 @@ class Finetuning(Training):
         if whole is None:
             return True
         network, s = _network(whole), self.settings
-        about: dict[str, Any] = {"settings": as_plain(s), "iteration": iteration, "held_out": self._held_out()}
+        about: dict[str, Any] = {"settings": travelling(s), "iteration": iteration, "held_out": self._held_out()}
         about |= {"init_sha256": self.init_sha256 or self.origin.get("init_sha256", "")}
         if found:
             known = {name: value for name, value in found.figures.items() if math.isfinite(value)}

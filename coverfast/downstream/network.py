@@ -91,6 +91,7 @@ class Network(nn.Module):
         require(whole, f"values must be different integers of at least 0, got {values}")
         require(all(isinstance(n, str) for n in names), f"names must be strings, got {tuple(names)}")
         self.backbone, self.task = backbone, task
+        self._frozen = [p for p in backbone.parameters() if not p.requires_grad]  # by whoever made it
         self.names, self.values = tuple(names), values
         self.crop = per_axis("crop", crop, backbone.ndim)
         self.preprocessing = dict(preprocessing or {})
@@ -152,6 +153,8 @@ class Network(nn.Module):
         self.backbone.requires_grad_(False)
         for stage in stages if count < 0 else stages[len(stages) - count :]:
             stage.requires_grad_(True)
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
         self.train(self.training)
 
 

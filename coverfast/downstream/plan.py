@@ -55,7 +55,7 @@ def _assemble(
         s = replace(s, task="segmentation" if shards.label_classes else "classification")
         s.check()
         notes.append(f"task {s.task}, for what the labels of {shards.paths[0]} are")
-    found = None
+    found, told = None, ""
     if s.init and new:
         found = pretrained(s.init, shards.ndim, shards.channels, own=s.own, adapt=s.adapt_input)
         s = with_backbone(s, found.description)
@@ -78,17 +78,21 @@ def _assemble(
         torch.set_num_threads(s.threads)
     task = build_task(s, shards)
     task.backbone.check_size("crop", crop)
+    task.backbone.check_maps(crop)
     notes += backbone_notes(task.backbone, s, world)
     if found is not None:
         adapt = shards.channels if s.adapt_input else 0
         report = load_state(task.backbone.core, found.tensors, s.init, strict=not s.partial, adapt=adapt)
-        notes.append(f"backbone from {s.init}: {report}")
+        told = f"backbone from {s.init}: {report.every if s.partial else report}{found.beside}"
+        notes.append(told)
     if new and not rehearsal:
         standardise(task.to(device), s, shards)
     learning = sum(p.numel() for p in task.parameters() if p.requires_grad)
     notes.append(f"{learning:,} of {sum(p.numel() for p in task.parameters()):,} weights learn")
     engine = Engine(task, s, device, world)
-    return Finetuning(s, None, shards, val, engine, 1, notes, world, init_sha256=found.sha256 if found else "")
+    return Finetuning(
+        s, None, shards, val, engine, 1, notes, world, init_sha256=found.sha256 if found else "", init_report=told
+    )
 
 
 def _note_preprocessing(notes: list[str], what: str, about: Mapping[str, Any], shards: ShardSet) -> None:

@@ -102,11 +102,11 @@ def shareable(backbone: Backbone) -> Backbone:
         InputError: when an argument that it is made with is a path.
     """
     description = dict(backbone.description)
-    paths = [text for text in _texts(description.get("args")) if re.match(r"[/~\\]|[A-Za-z]:[\\/]", text)]
+    paths = [text for text in _texts(description.get("args")) if re.search(r"[/\\]|^~", text)]
     require(not paths, f"a backbone must be made without paths to be shared, got {', '.join(paths)}")
     if description["kind"] == "own" and isinstance(backbone, Adapted):
         description["name"] = _without_folder(str(description["name"]))
-        return Adapted(backbone.core, backbone.run, description)
+        return Adapted(backbone.core, backbone.run, description, size=backbone.image_size)
     return backbone
 
 
@@ -131,6 +131,8 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in values.items() if _WORD.fullmatch(name)}
     if isinstance(found := kept.get("backbone"), str) and kind_of(found) == "own":
         kept["backbone"] = "own"  # its description says more, and no place
+    if kept.get("backbone", "unet") != "unet":
+        kept.pop("channels", None)  # those of a U-Net that is not there
     return {name: value for name, value in kept.items() if _plain(value) or (name in _WORDS and _is_word(value))}
 
 

@@ -50,12 +50,13 @@ def study_features(
     level: int = -1,
     seed: int = 0,
     device: str = "auto",
+    own: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Features of pixels by class, of networks and of random weights: features.json, features.md and features.png.
 
-    level: 0 is the coarsest, -1 the finest. samples: pixels, see `sample_pixels`. seed: of the pixels, the random
-    weights and t-SNE. tell: is told what is being done. Returns what features.json holds.
+    level: 0 is the coarsest, -1 the finest. own: see `coverfast.load_backbone`. samples: pixels, see `sample_pixels`.
+    seed: of the pixels, the random weights and t-SNE. tell: is told what is being done. Returns what features.json has.
 
     Raises:
         InputError: see `load_networks` and `sample_pixels`; for a level that a network lacks, a folder that holds such
@@ -65,7 +66,7 @@ def study_features(
     need_matplotlib()
     require(not (folder / "features.json").exists(), f"out must be a new folder, but {folder} holds a features.json")
     shards = ShardSet(list(data), split)
-    networks = load_networks(backbones, shards, seed)
+    networks = load_networks(backbones, shards, seed, own)
     for name, network in networks.items():
         fits = -network.levels <= level < network.levels
         require(fits, f"level must be 0 to {network.levels - 1}, or -1 for the finest, for {name}, got {level}")
@@ -94,8 +95,12 @@ def study_features(
     return result
 
 
-def load_networks(paths: Sequence[str | Path], shards: ShardSet, seed: int) -> dict[str, Backbone]:
+def load_networks(
+    paths: Sequence[str | Path], shards: ShardSet, seed: int, own: str | None = None
+) -> dict[str, Backbone]:
     """Backbones of files or run folders by name, and with them one of random weights for each architecture.
+
+    own: see `coverfast.load_backbone`.
 
     Raises:
         InputError: for files that are none, names that are the same, and networks that do not fit the shards.
@@ -104,7 +109,7 @@ def load_networks(paths: Sequence[str | Path], shards: ShardSet, seed: int) -> d
     for path in map(Path, paths):
         name = str(path)
         require(name not in found, f"networks must be different ones, got {name} twice")
-        network = load_backbone(path, tell=None)
+        network = load_backbone(path, own=own)
         require(
             (network.ndim, network.in_channels) == (shards.ndim, shards.channels),
             f"{name} must be a network for {shards.ndim}D images of {shards.channels} channel(s) like "
@@ -117,7 +122,7 @@ def load_networks(paths: Sequence[str | Path], shards: ShardSet, seed: int) -> d
             torch.manual_seed(seed)
             channels = "-".join(map(str, network.channels)) if isinstance(network, UNet) else title(network.description)
             more = f", {channels}" if len(shapes) > 1 else ""
-            found[f"random weights{more}"] = build(network.description).eval()
+            found[f"random weights{more}"] = build(network.description, own=own).eval()
     return found
 
 

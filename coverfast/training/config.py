@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from coverfast.backbone_names import kind_of
 from coverfast.checks import InputError, require
 from coverfast.disk import explained
 from coverfast.training.settings import S, Settings, TrainingSettings, check_values, checked
@@ -60,7 +61,7 @@ def check_resume(old: S, given: Mapping[str, Any]) -> S:
     """The settings of a resumed run: the old ones, and what was given anew where that may change."""
     given = check_values(given, type(old))
     for f in fields(old):
-        if f.name in given and not f.metadata.get("free") and given[f.name] != getattr(old, f.name):
+        if f.name in given and not f.metadata.get("free") and _another(f.name, getattr(old, f.name), given[f.name]):
             free = ", ".join(free_settings(old))
             raise InputError(
                 f"{f.name} cannot change on resume, the run has {getattr(old, f.name)!r}, got {given[f.name]!r} "
@@ -72,12 +73,29 @@ def check_resume(old: S, given: Mapping[str, Any]) -> S:
 def changed_settings(stored: Mapping[str, Any], settings: TrainingSettings) -> str:
     """Names of the settings of a checkpoint that may not change and did; one older than a setting has its default."""
     now, usual, free = as_plain(settings), as_plain(type(settings)()), set(free_settings(settings))
-    return ", ".join(name for name in now if name not in free and stored.get(name, usual[name]) != now[name])
+    there = ((name, stored.get(name, usual[name])) for name in now if name not in free)
+    return ", ".join(name for name, value in there if _another(name, value, now[name]))
+
+
+def _another(name: str, old: Any, new: Any) -> bool:
+    """Whether a setting was changed; the user's own code may have moved."""
+    if name == "backbone" and kind_of(old) == kind_of(new) == "own":
+        return False
+    return old != new
 
 
 def free_settings(settings: TrainingSettings) -> Iterable[str]:
     """Names of the settings that may change on resume."""
     return (f.name for f in fields(settings) if f.metadata.get("free"))
+
+
+#: Settings that say where something lies on this machine.
+PLACES = ("data", "val", "run", "init")
+
+
+def travelling(settings: TrainingSettings) -> dict[str, Any]:
+    """The settings as JSON-able values for files that go to others: config.toml says where data and run lie."""
+    return {name: value for name, value in as_plain(settings).items() if name not in PLACES}
 
 
 def as_plain(settings: TrainingSettings) -> dict[str, Any]:

@@ -198,6 +198,13 @@ class Engine:
 
     # --- without training ---
 
+    def agree(self) -> None:
+        """Give all processes the running statistics of the first: each has kept those of its own samples."""
+        if self.world.size > 1 and self.foreign:
+            for module in (self.method, *([self.ema] if self.ema else ())):
+                for buffer in module.buffers():
+                    torch.distributed.broadcast(buffer, 0)
+
     @property
     def result(self) -> Method:
         """What training has come to: the moving average of the weights where there is one."""

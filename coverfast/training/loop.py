@@ -63,6 +63,7 @@ def train(engine: Engine, data: Iterable[Batch], telemetry: Telemetry, hooks: Ho
 
         extra = {"lr": learning_rate(s, i)}
         if hooks.validate and (last or i % s.val_every == 0):
+            engine.agree()
             extra |= {f"val_{name}": value for name, value in hooks.validate(i).items()}
         telemetry.add(i, engine.names, figures, spent, look=engine.look if look and writes else None, extra=extra)
 

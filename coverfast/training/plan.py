@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,11 +72,22 @@ def _assemble(s: Settings, shards: ShardSet, notes: list[str], world: World, new
     assert isinstance(backbone, Backbone)
     if s.backbone != "unet":
         backbone.check_size("crop", crop)
+        backbone.check_maps(crop)
         s = s.fitted(backbone.levels)
         notes += backbone_notes(backbone, s, world)
+    started_from = {}
     if s.init and new:
-        notes += warm_start(backbone, method.pyramid, s)
-    return Pretraining(s, None, shards, val, Engine(method, s, device, world), 1, notes, world)
+        loaded = warm_start(backbone, method.pyramid, s)
+        notes += loaded
+        digest = hashlib.sha256(backbone_file(s.init).read_bytes()).hexdigest()
+        started_from = {"init_sha256": digest, "init_report": "; ".join(loaded)}
+    engine = Engine(method, s, device, world)
+    return Pretraining(s, None, shards, val, engine, 1, notes, world, started_from=started_from)
+
+
+def _named(description: Mapping[str, Any]) -> str:
+    args = description.get("args") or {}
+    return title(description) + (f" with {', '.join(f'{k}={v!r}' for k, v in args.items())}" if args else "")
 
 
 def warm_start(backbone: Backbone, pyramid: VectorPyramid, s: Settings) -> list[str]:
@@ -83,22 +95,27 @@ def warm_start(backbone: Backbone, pyramid: VectorPyramid, s: Settings) -> list[
     path = backbone_file(s.init)
     state, metadata = read_backbone(path)
     with described(path):
-        found = title(json.loads(metadata["backbone"]))
-    ours = title(backbone.description)
+        found, ours = json.loads(metadata["backbone"]), backbone.description
+        theirs = title(found)
+    # The same tensors may be those of another network: one of other activations, say.
+    alike = found["kind"] == ours["kind"] and found.get("args") == ours.get("args")
     require(
-        s.partial or found == ours or backbone.description["kind"] == "own",
-        f"init must be a {ours} like the run, but {path} is a {found}; see --backbone and --partial",
+        s.partial or (alike and (theirs == title(ours) or ours["kind"] == "own")),
+        f"init must be a {_named(ours)} like the run, but {path} is a {_named(found)}; see --backbone and --partial",
     )
     adapt = backbone.in_channels if s.adapt_input else 0
     report = load_state(backbone.core, state, s.init, strict=not s.partial, adapt=adapt)
-    notes = [f"backbone from {s.init}: {report}"]
+    notes = [f"backbone from {s.init}: {report.every if s.partial else report}"]
     if "pyramid" in metadata:
         other = load_pyramid(path, tell=None)
         if (other.groups, other.head_dim, other.channels) == (pyramid.groups, pyramid.head_dim, pyramid.channels):
             notes.append(f"pyramid from {s.init}: {load_state(pyramid, other.state_dict(), s.init)}")
+            if other.windows != pyramid.windows:
+                notes.append(f"warning: it matched in windows of {other.windows}, this run in {pyramid.windows}")
         else:
-            notes.append(
-                f"warning: the pyramid of {s.init} is left out: it has groups {other.groups} of {other.head_dim}, this "
-                f"run {pyramid.groups} of {pyramid.head_dim}"
+            differ = (
+                f"it has groups {other.groups} of {other.head_dim}, this run {pyramid.groups} of {pyramid.head_dim}"
             )
+            require(s.partial, f"init must have a pyramid like the run, but that of {path}: {differ}; see --partial")
+            notes.append(f"warning: the pyramid of {s.init} is left out: {differ}")
     return notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from coverfast.disk import write_atomically
 from coverfast.methods import Batch
 from coverfast.methods.cover import Cover
 from coverfast.training.assembly import build_method
-from coverfast.training.config import as_plain
+from coverfast.training.config import travelling
 from coverfast.training.data import held_out
 from coverfast.training.estimate import step_flops
 from coverfast.training.runs import Run
@@ -33,6 +33,11 @@ class Pretraining(Training):
     """A pretraining run that is ready to start or to go on; `plan` or `resume` make one."""
 
     settings: Settings
+    started_from: dict[str, str] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, str]:
+        """See `Training`."""
+        return self.started_from
 
     @property
     def method(self) -> Cover:
@@ -81,7 +86,7 @@ class Pretraining(Training):
             backbone = whole.backbone
             assert isinstance(backbone, Backbone)
             about = self.shards.preprocessing
-            content = backbone_bytes(backbone, config=as_plain(self.settings), preprocessing=about)
+            content = backbone_bytes(backbone, config=travelling(self.settings), preprocessing=about)
             write_atomically(run.backbone, content)
 
     def _draw(self, iteration: int) -> None:

@@ -22,7 +22,10 @@ _LONG = 20.0
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a step takes. seconds: of it. memory: bytes at the peak. flops: of all processes. rate: FLOP/s of them."""
+    """What a step takes.
+
+    seconds: of it. memory: bytes at the peak. flops: of all processes, NaN if not known. rate: FLOP/s of them.
+    """
 
     seconds: float
     memory: float
@@ -65,8 +68,9 @@ def forecast(found: Rehearsal, engine: Engine, first: int, folder: Path) -> list
     need = one * (kept + 1) + 4 * weights + metrics  # one more while the oldest still stands
     there = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(there).free
+    work = f", {found.flops / 1e9:,.3g} GFLOP" if math.isfinite(found.flops) else ""
     notes = [
-        f"a step takes about {duration(found.seconds)}, {found.flops / 1e9:,.3g} GFLOP and {byte_count(found.memory)} "
+        f"a step takes about {duration(found.seconds)}{work} and {byte_count(found.memory)} "
         f"of memory; {left:,} of them about {duration(left * found.seconds)}",
         f"checkpoints of {byte_count(one)}, {kept} of them; {byte_count(need)} of disk in all, {byte_count(free)} free",
     ]

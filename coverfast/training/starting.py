@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from coverfast.backbone_names import absolute_code, code_sha256
 from coverfast.checks import InputError, check_choice, require
 from coverfast.samples import SPLITS
 from coverfast.shard_set import ShardSet
@@ -108,6 +109,8 @@ def _differences(old: TrainingSettings, ready: Training) -> list[str]:
     versions = ("coverfast", "torch", "triton", "numpy", "python", "commit")
     names = (*versions, "threads", "device", "processes", "precision", "layout")
     found = [(name, origin.get(name), now[name]) for name in names if now[name] != origin.get(name)]
+    code = origin.get("code_sha256"), code_sha256(ready.settings.backbone)
+    found += [("the code of the backbone", *code)] if code[0] not in (None, code[1]) else []
     for name in ("compile", "cuda_graphs", "accumulate", "recompute", "deterministic", "fsdp"):
         before, after = getattr(old, name), getattr(ready.settings, name)
         found += [(name, before, after)] if before != after else []
@@ -122,6 +125,8 @@ def _absolute(given: Mapping[str, Any]) -> dict[str, Any]:
             places[name] = [str(Path(p).absolute()) for p in ([paths] if isinstance(paths, str) else paths)]
     if given.get("init"):
         places["init"] = str(Path(given["init"]).absolute())
+    if (name := given.get("backbone")) and (found := absolute_code(str(name))) != name:
+        places["backbone"] = found
     return places
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coverfast.backbone_names import code_sha256
 from coverfast.backbones import load_state
 from coverfast.checks import InputError
 from coverfast.loader import ImageStream, load_batches, lost_reader, reading_processes, to_device
@@ -120,7 +122,13 @@ class Training(ABC):
         s = self.settings
         if s.compile:
             self._note("compiling a step, which takes a minute or more ...")
-        found = rehearse(self.engine, self._batch(self.first), self._flops())
+        try:
+            flops = self._flops()
+        except Exception:  # what code of a user's own may raise that cannot do without values
+            if not self.engine.foreign:
+                raise
+            flops = math.nan
+        found = rehearse(self.engine, self._batch(self.first), flops)
         folder = self.run.folder if self.run else Path(s.run or "runs")
         for note in forecast(found, self.engine, self.first, folder):
             self._note(note)
@@ -132,6 +140,8 @@ class Training(ABC):
         facts = {"device": str(e.device), "processes": self.world.size}
         facts |= {"precision": e.choices.precision, "layout": e.choices.layout}
         facts |= {"kind": s.kind, **self.facts()}
+        if code := code_sha256(s.backbone):
+            facts["code_sha256"] = code
         if self.world.writes:
             now = provenance(self.shards.content_hash) | facts
             if self.run is None:
