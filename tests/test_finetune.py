@@ -289,7 +289,7 @@ def test_refusals(shard: Path, backbone: Path, tmp_path: Path) -> None:
         (["--init", "bomb.safetensors"], ("bomb.safetensors must be a safetensors file",)),
         (["--init", "bomb.pt"], ("bomb.pt must be a checkpoint", "checksum")),
         (["--init", "cut.safetensors"], ("cut.safetensors must be a safetensors file, but it cannot be read",)),
-        (["--init", "none.safetensors"], ("no such file",)),
+        (["--init", "none.safetensors"], ("init must be", "does not exist")),
         (["--init", "3d.safetensors"], ("init must be a backbone for 2D images like data", "3D")),
         (["--init", "colour.safetensors"], ("init must be a backbone for 1 channel(s) like data", "is for 3")),
         (["--scratch", "--data", str(bare)], ("data must hold a class of each image", "--classes")),

@@ -363,7 +363,7 @@ def test_nothing_says_where_it_was_made(home, shared):
     _, folder = shared
     words = ["mueller", "sauerbruch", "secret-run", str(home), home.name, str(Path.home()), socket.gethostname()]
     words = [word for word in words if len(word) > 4]  # a picture may hold any few letters
-    said = read_backbone(home / "secret-run" / "backbone.safetensors")[1]["config"]
+    said = (home / "secret-run" / "config.toml").read_text()
     assert "mueller" in said  # it would have been there to find
     for path in folder.iterdir():
         content = path.read_bytes().lower()

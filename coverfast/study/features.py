@@ -80,8 +80,8 @@ def study_features(
         note = f"silhouette {figures[-1]['silhouette']:.2f}, separation {figures[-1]['separation']:.2f}"
         clouds.append(Cloud(name, points, embedded(features, seed), share, note))
     names = [c.name for c in shards.label_classes]
-    for own in figures:
-        own["by_class"] = {names[k]: value for k, value in own["by_class"].items()}
+    for row in figures:
+        row["by_class"] = {names[k]: value for k, value in row["by_class"].items()}
     counts = np.bincount(pixels.classes, minlength=len(names)).tolist()
     about = {"split": split, "level": level, "seed": seed, "images": len(pixels.places)}
     result = {**about, "pixels": dict(zip(names, counts, strict=True)), "networks": figures}

@@ -90,12 +90,13 @@ def free_settings(settings: TrainingSettings) -> Iterable[str]:
 
 
 #: Settings that say where something lies on this machine.
-PLACES = ("data", "val", "run", "init")
+_PLACES = ("data", "val", "run")
 
 
 def travelling(settings: TrainingSettings) -> dict[str, Any]:
-    """The settings as JSON-able values for files that go to others: config.toml says where data and run lie."""
-    return {name: value for name, value in as_plain(settings).items() if name not in PLACES}
+    """The settings as JSON-able values for files that go to others: config.toml says where things lie."""
+    found = {name: value for name, value in as_plain(settings).items() if name not in _PLACES}
+    return found | {"init": "other weights" if settings.init else ""}
 
 
 def as_plain(settings: TrainingSettings) -> dict[str, Any]:

@@ -125,8 +125,8 @@ def _absolute(given: Mapping[str, Any]) -> dict[str, Any]:
             places[name] = [str(Path(p).absolute()) for p in ([paths] if isinstance(paths, str) else paths)]
     if given.get("init"):
         places["init"] = str(Path(given["init"]).absolute())
-    if (name := given.get("backbone")) and (found := absolute_code(str(name))) != name:
-        places["backbone"] = found
+    if backbone := given.get("backbone"):
+        places["backbone"] = absolute_code(str(backbone))
     return places
 
 
