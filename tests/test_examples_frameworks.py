@@ -150,6 +150,6 @@ def test_page_shows_the_lines_that_the_script_marks(name: str) -> None:
     """All of them, in their order, and no others."""
     marked = re.findall(r"^ *# coverfast\n(.*?)^ *# end$", (ROOT / SCRIPTS[name]).read_text(), re.MULTILINE | re.DOTALL)
     section = (ROOT / "docs/frameworks.md").read_text().split(f"\n## {name}\n")[1].split("\n## ")[0]
-    shown = re.findall(r"^```(?:python)?\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    shown = re.findall(r"^```(?:python|text)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     assert len(marked) >= 1
     assert shown == [textwrap.dedent(block).rstrip() + "\n" for block in marked]
