@@ -47,6 +47,8 @@ class PlainUNet(nn.Module):
 def load(path):
     """The network of a file; its shape is that of the weights."""
     tensors = {name: value for name, value in load_file(path).items() if not name.startswith("pyramid.")}
+    if "stem.0.weight" not in tensors:
+        sys.exit(f"{path} holds another network than coverfast's U-Net")
     weights = [(name, value.shape) for name, value in sorted(tensors.items()) if name.endswith(".0.weight")]
     conv = {4: nn.Conv2d, 5: nn.Conv3d}[len(weights[0][1])]
     part = {part: [(s[1], s[0]) for name, s in weights if name.startswith(part)] for part in ("stem", "down", "up")}

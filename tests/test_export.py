@@ -315,7 +315,10 @@ def test_refusals(small: Path, runs: dict[int, Run], tmp_path: Path, monkeypatch
         with refused("out must be a new file", str(there), "--out"):
             silently(small, "torchscript", **more)
     assert there.read_text() == "mine"
-    with refused("out must be a new file", str(small)):
+    before = small.read_bytes()
+    assert silently(small, "safetensors").path == small.with_name("backbone-export.safetensors")
+    assert small.read_bytes() == before
+    with refused("out must be a new file", "backbone-export.safetensors"):
         silently(small, "safetensors")
     with refused("folder that is there", str(tmp_path / "none")):
         silently(small, "torchscript", out=tmp_path / "none" / "x.ts")

@@ -57,7 +57,7 @@ def finetuning(shard: Path, run: Path, **flags: object) -> downstream.Finetuning
 
 
 def test_one_channel_starts_several_when_asked_for(colour: Path, backbone: Path, tmp_path: Path) -> None:
-    with refused("1 reshaped (stem.0.weight (8, 1, 3, 3) for (8, 3, 3, 3))"):
+    with refused("3 channel(s)", "is for 1 channel(s)", "--adapt-input"):
         ready(colour, tmp_path / "run", iterations=1, init=str(backbone))
     with refused("for 3 channel(s)", "--adapt-input"):
         finetuning(colour, tmp_path / "run", init=str(backbone))
@@ -99,6 +99,12 @@ def test_a_file_with_a_pyramid_starts_both(grey: Path, tmp_path: Path) -> None:
     assert any("the pyramid of" in note and "left out" in note for note in run.notes)
     run = ready(grey, tmp_path / "run", iterations=1, init=str(path), window=(5,))
     assert any("it matched in windows of [(3, 3)" in note and "[(5, 5)" in note for note in run.notes)
+
+
+def test_a_wrong_dimension_is_named(tmp_path: Path, backbone: Path) -> None:
+    volumes = make_shard(tmp_path / "volumes.h5", ndim=3, size=32)
+    with refused("init must be a network for 3D images", "is for 2D images"):
+        ready(volumes, tmp_path / "run", iterations=1, init=str(backbone), preset="small-3d", batch=1)
 
 
 def test_another_network_is_named(grey: Path, tmp_path: Path, backbone: Path) -> None:

@@ -139,7 +139,15 @@ def load_pyramid(path: str | Path, *, tell: Tell | None = print) -> VectorPyrami
 def backbone_file(path: str | Path) -> Path:
     """The `backbone.safetensors` itself, also of a run folder."""
     path = Path(path)
-    return path / "backbone.safetensors" if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    found = path / "backbone.safetensors"
+    require(
+        found.is_file() or not (path / "network.safetensors").is_file(),
+        f"{path} must be a run that has a backbone.safetensors, but it is one of fine-tuning, whose network.safetensors "
+        "coverfast.downstream.load_network reads",
+    )
+    return found
 
 
 @contextmanager

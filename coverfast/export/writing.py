@@ -82,6 +82,8 @@ def export(
     progress("reading")
     source = open_source(checkpoint, own=own, tell=tell)
     path = source.file.with_suffix(FORMATS[to]) if out is None else Path(out)
+    if out is None and path == source.file:  # a run's own file stays, and what goes to others has another name
+        path = path.with_name(f"{path.stem}-export{path.suffix}")
     _check_new(path)
     if to == "safetensors":
         require(size is None, "size must not be given for safetensors, which hold weights alone")

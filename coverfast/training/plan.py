@@ -103,6 +103,14 @@ def warm_start(backbone: Backbone, pyramid: VectorPyramid, s: Settings) -> list[
         s.partial or (alike and (theirs == title(ours) or ours["kind"] == "own")),
         f"init must be a {_named(ours)} like the run, but {path} is a {_named(found)}; see --backbone and --partial",
     )
+    for what, words in (("ndim", "{}D images"), ("in_channels", "{} channel(s)")):
+        fits = found[what] == ours[what] or (what == "in_channels" and s.adapt_input and found[what] == 1)
+        hint = "; see --adapt-input" * (what == "in_channels" and found[what] == 1)
+        require(
+            fits or s.partial,
+            f"init must be a network for {words.format(ours[what])} like data, but {path} is for "
+            f"{words.format(found[what])}{hint}",
+        )
     adapt = backbone.in_channels if s.adapt_input else 0
     report = load_state(backbone.core, state, s.init, strict=not s.partial, adapt=adapt)
     notes = [f"backbone from {s.init}: {report.every if s.partial else report}"]
