@@ -144,7 +144,7 @@ def backbone_file(path: str | Path) -> Path:
     found = path / "backbone.safetensors"
     require(
         found.is_file() or not (path / "network.safetensors").is_file(),
-        f"{path} must be a run that has a backbone.safetensors, but it is one of fine-tuning, whose network.safetensors "
+        f"{path} must be a run that has a backbone.safetensors, but is one of fine-tuning, whose network.safetensors "
         "coverfast.downstream.load_network reads",
     )
     return found
