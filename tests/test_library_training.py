@@ -52,3 +52,16 @@ def test_from_pretraining_to_a_network(shard, tmp_path, name, args, package, cro
     assert any(not torch.equal(before[n], after[n]) for n in before if before[n].is_floating_point())
     image = torch.rand(1, 1, 2 * crop, crop)
     assert network(image).shape == (1, 9, 2 * crop, crop)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("name", "args", "package", "crop"), NETWORKS)
+def test_on_a_gpu(shard, tmp_path, name, args, package, crop, compiled):
+    """In bfloat16 through the Triton kernels, graphs of other libraries broken where they break."""
+    library(package)
+    common = {"crop": (crop,), "batch": 2, "channels": (16, 32, 64, 128, 256), "groups": (4, 4, 4, 1, 1)}
+    how = {"device": "cuda", "impl": "triton", "compile": compiled}
+    run = start(shard, tmp_path / "run", iterations=3, backbone=name, backbone_args=args, **common, **how)
+    assert all(record["loss"] > 0 and record["skipped"] == 0 for record in lines(run))
+    load_backbone(run.folder, tell=None)
