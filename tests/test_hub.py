@@ -110,6 +110,17 @@ def small(tmp_path, **about):
     return path
 
 
+def test_weights_that_are_not_those_of_the_card_are_told_of(shared, tmp_path):
+    folder, said = tmp_path / "copy", []
+    shutil.copytree(shared[1], folder)
+    weights = folder / "backbone.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    HubBackbone.from_pretrained(folder, tell=said.append)
+    assert any("changed since, or damaged" in text for text in said)
+
+
 # --- there and back ------------------------------------------------------------------------------------------------
 
 

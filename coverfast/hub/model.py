@@ -160,9 +160,12 @@ class HubBackbone(nn.Module, ModelHubMixin):
         with described(path):
             about = {"settings": json.loads(metadata["config"]), "preprocessing": json.loads(metadata["preprocessing"])}
         pyramid = load_pyramid(path, tell=tell) if "pyramid" in metadata else None
-        facts, left = Facts.of({"weights_sha256": fingerprint(backbone), **about, **more}, str(path))
+        digest = fingerprint(backbone)
+        facts, left = Facts.of({"weights_sha256": digest, **about, **more}, str(path))
         if left and tell:
             tell(f"{path}: stay out of what is shared: {', '.join(left)}")
+        if tell and facts.weights_sha256 not in ("", digest):
+            tell(f"warning: {path}: the weights are not those that its facts are about: changed since, or damaged")
         return cls(backbone, pyramid, facts, curves).eval()
 
     # --- to a folder and to the hub ---

@@ -200,7 +200,7 @@ class Runs:
         from coverfast.downstream.network import load_network
 
         network, test = (
-            load_network(run.network, own=self.own, tell=None).to(choose_device(self.study.settings.device)),
+            load_network(run.network, own=self.own, tell=self.watch.note).to(choose_device(self.study.settings.device)),
             self.data.test,
         )
         names, groups, rows = [], [], []
@@ -226,7 +226,7 @@ class Runs:
         from coverfast.downstream.network import load_network
 
         path, device = self.folder(name) / "network.safetensors", choose_device(self.study.settings.device)
-        network = load_network(path, own=self.own, tell=None).to(device)
+        network = load_network(path, own=self.own, tell=self.watch.note).to(device)
         seen = predict_case(network, self.data.test, case)
         image, truth, labels = seen.image, seen.truth, seen.prediction
         if truth.ndim == 3:
