@@ -47,6 +47,7 @@ def test_both_variants_learn_along_one_curve(script: str, options: list[str], be
     assert len(figures(out, "matching, extra MB")) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "size"), [(PIXELS, "16"), (REGISTRATION, "24")])
 def test_volumes(script: str, size: str, tmp_path: Path) -> None:
     """Too few steps to learn; enough for backward passes that differ to show."""

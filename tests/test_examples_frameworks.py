@@ -57,7 +57,7 @@ def small_backbone(folder: Path, ndim: int) -> Path:
 
 
 @needs_monai
-@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("ndim", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_monai_trains_from_both(ndim: int, tmp_path: Path) -> None:
     """In 2D with a backbone that the script pretrains itself."""
     source = ["--pretrain-iterations", 2] if ndim == 2 else ["--backbone", small_backbone(tmp_path, 3)]

@@ -367,15 +367,16 @@ def test_an_existing_file_is_not_touched(tmp_path):
 
 
 def test_refusals_end_with_code_2(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "new" / "backbone.safetensors"
-    for content, words in (
-        ({"fc.weight": torch.zeros(1)}, "0 matched, 32 missing"),
-        (checkpoint(), "cannot be written"),
+    for content, out, words in (
+        ({"fc.weight": torch.zeros(1)}, tmp_path / "new.safetensors", "0 matched, 32 missing"),
+        (checkpoint(), tmp_path / "no" / "new.safetensors", "out must lie in a folder that is there"),
     ):
         path = saved(tmp_path / "theirs.pth", content)
         monkeypatch.setattr("sys.argv", ["coverfast", "import-cover", str(path), "--out", str(out)])
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 2
-        assert words in capsys.readouterr().err
-        assert not out.parent.exists()
+        said = capsys.readouterr()
+        assert words in said.err
+        assert said.out == ""
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["theirs.pth"]

@@ -18,8 +18,12 @@ from coverfast.downstream.network import load_network
 NETWORKS = [
     pytest.param("monai:SwinUNETR", ("feature_size=12", "drop_rate=0.1"), "monai", 64, id="transformer"),
     pytest.param("timm:convnext_atto", ("drop_path_rate=0.2",), "timm", 64, id="convolutional"),
-    pytest.param("monai:BasicUNet", ("features=[8,8,8,16,16,8]",), "monai", 32, id="u-net"),
-    pytest.param("smp:Unet", ("encoder_name=resnet18",), "segmentation_models_pytorch", 64, id="batch-norms"),
+    pytest.param("monai:BasicUNet", ("features=[8,8,8,16,16,8]",), "monai", 32, id="u-net", marks=pytest.mark.slow),
+    pytest.param(
+        *("smp:Unet", ("encoder_name=resnet18",), "segmentation_models_pytorch", 64),
+        id="batch-norms",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

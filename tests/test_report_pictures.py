@@ -115,14 +115,14 @@ def test_the_vector_that_is_sought_leads_to_the_truth(ndim):
     coarse = 0.04 * grid[(..., *[slice(None, s // 2) for s in size])] - 0.5
     levels = [coarse, torch.zeros_like(truth)]
     points = torch.tensor([[9, 11, 7], [20, 30, 8]])[:, :ndim]
-    vector, window = _sought(truth, levels, 1, points)
+    vector, window = _sought(truth, levels, 1, 1, points)
     up = upsample_dvf(coarse, size)
     for p, v, w in zip(points, vector, window, strict=True):
         own = torch.zeros_like(truth)
         own[(0, slice(None), *p)] = v
         assert_near(compose(own, coarse)[(0, slice(None), *p)], truth[(0, slice(None), *p)], atol=1e-3)
         assert_near(w, p + up[(0, slice(None), *p)], atol=1e-5)
-    vector, window = _sought(truth, levels, 0, points)
+    vector, window = _sought(truth, levels, 0, 2, points)
     at = points // 2
     blocks = truth.unflatten(2, (-1, 2)).mean(3)[0, 0].unflatten(1, (-1, 2)).mean(2) / 2
     assert_near(
@@ -135,7 +135,7 @@ def test_where_nothing_leads_to_the_truth_none_is_told():
     torch.manual_seed(0)
     coarse, truth = 30 * torch.randn(1, 2, 16, 16), torch.zeros(1, 2, 32, 32)
     points = torch.randint(0, 32, (30, 2))
-    vector, _ = _sought(truth, [coarse, truth], 1, points)
+    vector, _ = _sought(truth, [coarse, truth], 1, 1, points)
     told = vector.isfinite().all(1)
     assert 0 < int(told.sum()) < 30
     for p, v in zip(points[told], vector[told], strict=True):
