@@ -111,6 +111,11 @@ def parsed(args: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def spelled(args: Mapping[str, Any]) -> tuple[str, ...]:
+    """Arguments as `parsed` reads them."""
+    return tuple(f"{key}={value!r}" for key, value in args.items())
+
+
 def _plain(value: Any) -> Any:
     """As JSON gives it back, so that a network is the same before and after a file."""
     if isinstance(value, (list, tuple)):

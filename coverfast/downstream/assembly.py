@@ -16,7 +16,7 @@ from torch import Tensor
 
 from coverfast.backbones import Backbone, backbone_file, build, choose, read_backbone
 from coverfast.backbones.base import title
-from coverfast.backbones.choosing import parsed
+from coverfast.backbones.choosing import parsed, spelled
 from coverfast.backbones.files import beside, described
 from coverfast.checks import InputError, require
 from coverfast.downstream.network import Network
@@ -156,7 +156,7 @@ def with_backbone(s: FinetuneSettings, description: Mapping[str, Any]) -> Finetu
         )
         return replace(s, channels=channels)
     name = s.backbone if description["kind"] == "own" else title(description)
-    args = tuple(f"{key}={value!r}" for key, value in description["args"].items())
+    args = spelled(description["args"])
     require(s.backbone in ("unet", name), f"backbone must be left to --init, which has {name}, got {s.backbone}")
     require(
         not s.backbone_args or parsed(s.backbone_args) == description["args"],

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from coverfast.backbone_names import kind_of
 from coverfast.backbones.base import title
+from coverfast.backbones.choosing import spelled
 from coverfast.checks import InputError, require
 from coverfast.disk import write_atomically
 from coverfast.report.colours import grey
@@ -115,8 +116,7 @@ class Runs:
                 raise InputError(f"checkpoint does not fit: {error}") from None
             if found["kind"] != "unet":
                 name = self.own if found["kind"] == "own" else title(found)
-                args = tuple(f"{key}={value!r}" for key, value in found["args"].items())
-                return {"scratch": True, "backbone": name, "backbone_args": args}
+                return {"scratch": True, "backbone": name, "backbone_args": spelled(found["args"])}
             channels = tuple(found["channels"])
         else:
             settings = resolve(self.study.settings.preset, self.study.tables["pretrain"])

@@ -13,6 +13,7 @@ import torch
 
 from coverfast.backbones import Backbone, backbone_file, load_pyramid, load_state, read_backbone
 from coverfast.backbones.base import title
+from coverfast.backbones.choosing import spelled
 from coverfast.backbones.files import described
 from coverfast.checks import require
 from coverfast.geometry import level_size
@@ -86,8 +87,8 @@ def _assemble(s: Settings, shards: ShardSet, notes: list[str], world: World, new
 
 
 def _named(description: Mapping[str, Any]) -> str:
-    args = description.get("args") or {}
-    return title(description) + (f" with {', '.join(f'{k}={v!r}' for k, v in args.items())}" if args else "")
+    args = spelled(description.get("args") or {})
+    return title(description) + (f" with {', '.join(args)}" if args else "")
 
 
 def warm_start(backbone: Backbone, pyramid: VectorPyramid, s: Settings) -> list[str]:
