@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coverfast.backbones.base import Backbone, check_levels, title
-from coverfast.checks import InputError, check_map, per_axis, shape_of
+from coverfast.checks import InputError, per_axis, shape_of
 
 #: Maps of a network, coarse to fine.
 Run = Callable[[Any, Tensor], Sequence[Tensor]]
@@ -71,11 +71,7 @@ class Adapted(Backbone):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Features of images `(B, in_channels, *S)`, coarse to fine; `S` divisible by the coarsest stride."""
-        ndim = check_map("image", x)
-        if ndim != self.ndim or x.shape[1] != self.in_channels:
-            raise InputError(
-                f"image must be (B, {self.in_channels}, *S) with {self.ndim} spatial axes, got {shape_of(x)}"
-            )
+        self.check_image(x)
         self.check_size("image", x.shape[2:])
         return list(self.run(self.model, x))
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
-from coverfast.checks import require
+from coverfast.checks import InputError, check_map, require, shape_of
 from coverfast.geometry import check_stride
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """Maps images `(B, in_channels, *S)` to feature maps, coarse to fine.
 
     Any number of levels from 2 on; every map has twice the size of the one before. `S` must be divisible by the
@@ -47,9 +48,9 @@ class Backbone(nn.Module):
         return [self]
 
     @property
+    @abstractmethod
     def description(self) -> dict[str, Any]:
         """What `coverfast.backbones.build` needs to make the network again, JSON-able."""
-        raise NotImplementedError
 
     def check_size(self, name: str, size: Sequence[int]) -> None:
         """Refuse a size of images, called `name`, that the network does not take."""
@@ -62,9 +63,17 @@ class Backbone(nn.Module):
         """Features whose last ones are the coarsest of `forward`, computed without a decoder where that can be."""
         return self(x)[:1]
 
+    @abstractmethod
     def forward(self, x: Tensor) -> list[Tensor]:
         """Features of an image, coarse to fine."""
-        raise NotImplementedError
+
+    def check_image(self, x: Tensor) -> None:
+        """Refuse what is no batch of images for this network, whatever their size."""
+        ndim = check_map("image", x)
+        if ndim != self.ndim or x.shape[1] != self.in_channels:
+            raise InputError(
+                f"image must be (B, {self.in_channels}, *S) with {self.ndim} spatial axes, got {shape_of(x)}"
+            )
 
 
 def title(description: Mapping[str, Any]) -> str:

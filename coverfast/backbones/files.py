@@ -114,7 +114,8 @@ def beside(path: str | Path, metadata: Mapping[str, str]) -> str:
     """What a file holds beside its backbone, for people."""
     if "pyramid" not in metadata:
         return ""
-    count = sum(name.startswith(_PYRAMID) for name in _read(path)[0])
+    with safe_open(path, framework="pt") as file:  # which has been read already
+        count = sum(name.startswith(_PYRAMID) for name in file.keys())  # noqa: SIM118
     return f"; its pyramid of {count} tensors is left to load_pyramid"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from coverfast.backbones.base import Backbone
-from coverfast.checks import InputError, check_map, require, shape_of
+from coverfast.checks import require
 from coverfast.geometry import level_size
 
 #: Channels of the paper's U-Net, encoder to decoder.
@@ -94,11 +94,7 @@ class UNet(Backbone):
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Features of the encoder, fine to coarse; the last ones are the coarsest of `forward`."""
-        ndim = check_map("image", x)
-        if ndim != self.ndim or x.shape[1] != self.in_channels:
-            raise InputError(
-                f"image must be (B, {self.in_channels}, *S) with {self.ndim} spatial axes, got {shape_of(x)}"
-            )
+        self.check_image(x)
         level_size(x.shape[2:], self.levels)
         skips = [self._stage(self.stem, x)]
         for stage in self.down:
