@@ -149,6 +149,41 @@ def _upsampled(coarse: Tensor) -> Tensor:
     return 2 * F.interpolate(coarse, scale_factor=2, mode=mode, align_corners=False)
 
 
+def fuse_eager(dvf: Tensor, theta: Tensor) -> Tensor:
+    """The affine grid of registration code: homogeneous coordinates about the centre, one matrix product, then minus
+    the grid.
+    """
+    n, size = dvf.shape[1], dvf.shape[2:]
+    axes = [torch.arange(s, dtype=dvf.dtype, device=dvf.device) - (s - 1) / 2 for s in size]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(1, n, -1)
+    looks = grid + dvf.flatten(2)
+    return (theta @ torch.cat([looks, torch.ones_like(looks[:, :1])], 1) - grid).reshape(dvf.shape)
+
+
+def ncc_eager(x: Tensor, y: Tensor, *, window: int = 9, eps: float = 1e-5, separable: bool = False) -> Tensor:
+    """The local correlation of registration code: convolutions of x, y, x^2, y^2, x y with a box of ones, here over the
+    pixels that the window has in the grid; `separable`: one convolution an axis instead of one.
+    """
+    n = x.ndim - 2
+    convolve = F.conv2d if n == 2 else F.conv3d
+    shapes = [[window if i == axis else 1 for i in range(n)] for axis in range(n)] if separable else [[window] * n]
+    boxes = [x.new_ones(1, 1, *shape) for shape in shapes]
+    count = x.new_ones(())
+    for s in x.shape[2:]:
+        i, r = torch.arange(s, dtype=x.dtype, device=x.device), window // 2
+        count = count.unsqueeze(-1) * ((i + r).clamp(max=s - 1) - (i - r).clamp(min=0) + 1)
+
+    def mean(v: Tensor) -> Tensor:
+        for box in boxes:
+            v = convolve(v, box, padding=[w // 2 for w in box.shape[2:]])
+        return v / count
+
+    m_x, m_y = mean(x), mean(y)
+    cross = mean(x * y) - m_x * m_y
+    v_x, v_y = mean(x * x) - m_x * m_x, mean(y * y) - m_y * m_y
+    return 1 - (cross * cross / ((v_x + eps) * (v_y + eps))).mean()
+
+
 def consistency_eager(feat_a: Tensor, feat_b: Tensor, dvf: Tensor, mask: Tensor) -> Tensor:
     """All channels warped, then the cosine; the field and its mask are there already."""
     warped = sample(feat_a, sampling_grid(dvf)).to(dvf.dtype)

@@ -182,7 +182,8 @@ def _plain_columns(rows: Sequence[Row]) -> list[Column]:
     return [_plain(key, words) for key, words in texts.items()]
 
 
-_COLUMNS = dict.fromkeys(("mov", "warp", "compose", "norm", "losses", "views", "head"), _operator_columns)
+_OPERATORS = ("mov", "warp", "compose", "fuse", "norm", "losses", "ncc", "views", "head")
+_COLUMNS = dict.fromkeys(_OPERATORS, _operator_columns)
 _COLUMNS |= {"vpa": _vpa_columns, "step": _step_columns, "data": _data_columns, "static": _static_columns}
 
 

@@ -12,11 +12,13 @@ from torch import Tensor
 from coverfast.bench import baselines as eager
 from coverfast.bench import natten_baseline as natten
 from coverfast.bench.head import head_cases
-from coverfast.bench.problems import Case, Draws, Level, Variant, mov_work
+from coverfast.bench.problems import NCC_WINDOW, Case, Draws, Level, Variant, mov_work
 from coverfast.geometry import AffineDVF, inside_mask
 from coverfast.ops.compose import compose
+from coverfast.ops.fuse import fuse_affine
 from coverfast.ops.losses import consistency_loss, end_point_error, vector_loss
 from coverfast.ops.mov import mov
+from coverfast.ops.ncc import ncc_loss
 from coverfast.ops.norm import sample_norm
 from coverfast.ops.warp import warp, warp_up
 from coverfast.views import make_views
@@ -55,8 +57,11 @@ def _draw(
         "field": lambda: draws.field(at.batch, at.size),
         "coarse field": lambda: draws.coarse_field(at.batch, [s // 2 for s in at.size]),
         "affine": lambda: draws.affine(at.batch, at.size).numbers,
+        "theta": lambda: draws.affine(at.batch, at.size).theta.contiguous().requires_grad_(),
         "channels": lambda: draws.uniform(at.channels).requires_grad_(),
         "images": lambda: draws.uniform(at.batch, 1, *at.image),
+        "fixed image": lambda: draws.uniform(at.batch, 1, *at.size),
+        "moved image": lambda: draws.uniform(at.batch, 1, *at.size).requires_grad_(),
     }
     return [makers[kind]() for kind in kinds]
 
@@ -121,6 +126,14 @@ def compose_cases(levels: Sequence[Level], layout: str) -> list[Case]:
     ]
 
 
+def fuse_cases(levels: Sequence[Level], layout: str) -> list[Case]:
+    """A field of the finest level and an affine map after it. Fields are contiguous."""
+    at = levels[-1]
+    facts, inputs = {"shape": (at.batch, len(at.size), *at.size)}, {"dvf": "field", "theta": "theta"}
+    others = {"eager, matrix product": Variant(eager.fuse_eager)}
+    return [_case(at, "", "fuse", facts, inputs, fuse_affine, others)]
+
+
 def norm_cases(levels: Sequence[Level], layout: str) -> list[Case]:
     """The norm of every level's projection. What people write today is what `impl="torch"` does."""
     inputs = {"x": "keys", "bias": "channels", "weight": "channels", "shift": "channels"}
@@ -160,6 +173,20 @@ def _with_field(*inputs: Tensor) -> list[Tensor]:
     return [*maps, dvf, inside_mask(dvf)]
 
 
+def ncc_cases(levels: Sequence[Level], layout: str) -> list[Case]:
+    """Images of the finest level's size in the windows of GVSL, one of them brought over; images are in float32."""
+    at = levels[-1]
+    facts = {"shape": (at.batch, 1, *at.size), "window": (NCC_WINDOW,) * len(at.size)}
+    inputs = {"x": "fixed image", "y": "moved image"}
+    others = {
+        "eager, convolutions": Variant(partial(eager.ncc_eager, window=NCC_WINDOW)),
+        "eager, 1D convolutions": Variant(partial(eager.ncc_eager, window=NCC_WINDOW, separable=True)),
+    }
+    # The definition holds whole windows: a small grid, but one with an interior.
+    ours = partial(ncc_loss, window=NCC_WINDOW)
+    return [_case(at, "", "ncc", facts, inputs, ours, others, checked_at=NCC_WINDOW + 2)]
+
+
 def views_cases(levels: Sequence[Level], layout: str) -> list[Case]:
     """Both views of a batch of images."""
     at = levels[-1]
@@ -180,8 +207,10 @@ CASES: dict[str, Callable[[Sequence[Level], str], list[Case]]] = {
     "mov": mov_cases,
     "warp": warp_cases,
     "compose": compose_cases,
+    "fuse": fuse_cases,
     "norm": norm_cases,
     "losses": loss_cases,
+    "ncc": ncc_cases,
     "views": views_cases,
     "head": head_cases,
 }

@@ -51,6 +51,16 @@ def compose_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> 
         yield upsample_backward_launch(d_up, coarse, scale, on)
 
 
+def fuse_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> Iterator[Launch]:
+    """Forward; backward to both, and to the field alone, as where the map is given."""
+    from coverfast.kernels import fuse as kernels
+
+    dvf, theta = inputs
+    yield kernels.forward_launch(dvf, theta, dvf, on)
+    for to_theta in (True, False):
+        yield kernels.backward_launch(dvf, dvf, theta, dvf, to_theta=to_theta, on=on)[0]
+
+
 def norm_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> Iterator[Launch]:
     """Forward, backward."""
     from coverfast.kernels import norm as kernels
@@ -84,6 +94,15 @@ def losses_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> I
         yield kernels.consistency_backward_launch(*problem, dense=dense, on=on)
 
 
+def ncc_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> Iterator[Launch]:
+    """Value alone; value and slopes by the second image."""
+    from coverfast.kernels import ncc as kernels
+
+    x, y = inputs
+    for slopes in (None, torch.empty_like(y)):
+        yield from kernels.plan(x, y, case.facts["window"], 1e-5, None, slopes, on).launches
+
+
 def views_launches(case: Case, inputs: Sequence[Tensor], on: Architecture) -> Iterator[Launch]:
     """View a with the default settings, without blur, and with it; view b."""
     from coverfast.kernels import views as kernels
@@ -104,8 +123,10 @@ LAUNCHES: dict[str, Callable[[Case, Sequence[Tensor], Architecture], Iterator[La
     "mov": mov_launches,
     "warp": warp_launches,
     "compose": compose_launches,
+    "fuse": fuse_launches,
     "norm": norm_launches,
     "losses": losses_launches,
+    "ncc": ncc_launches,
     "views": views_launches,
 }
 

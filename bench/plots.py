@@ -302,6 +302,6 @@ def _curves_legend(figure: Figure, names: Sequence[str]) -> None:
 
 #: What is drawn of a benchmark, by its name.
 DRAWN: dict[str, Callable[[Results], Figure]] = dict.fromkeys(
-    ("mov", "warp", "compose", "norm", "losses", "views", "head"), bars
+    ("mov", "warp", "compose", "fuse", "norm", "losses", "ncc", "views", "head"), bars
 )
 DRAWN |= {"vpa": field_curves, "step": step_bars}

@@ -15,7 +15,15 @@ from coverfast.layout import channels_last
 from coverfast.training.settings import preset_ndim, preset_settings
 
 #: Size of the images that a preset's views are cut from: the paper's, and for small presets those of the demo.
-IMAGES = {"paper-2d": (512, 512), "paper-3d": (160, 160, 128), "small-2d": (192, 192), "small-3d": (96, 96, 96)}
+IMAGES = {
+    **dict.fromkeys(("paper-2d", "gvsl-2d"), (512, 512)),
+    **dict.fromkeys(("paper-3d", "gvsl-3d"), (160, 160, 128)),
+    **dict.fromkeys(("small-2d", "small-gvsl-2d"), (192, 192)),
+    **dict.fromkeys(("small-3d", "small-gvsl-3d"), (96, 96, 96)),
+}
+
+#: Of the local correlation, along every axis (SPEC 9).
+NCC_WINDOW = 9
 
 
 @dataclass(frozen=True)

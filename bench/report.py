@@ -18,7 +18,10 @@ from coverfast.report.sheet import need_matplotlib
 #: What stands around the README's table.
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
-_ORDER = ("mov", "vpa", "head", "step", "data", "warp", "compose", "norm", "losses", "views", "launches", "static")
+_ORDER = (
+    *("mov", "vpa", "head", "step", "data", "warp", "compose", "fuse"),
+    *("norm", "losses", "ncc", "views", "launches", "static"),
+)
 _VERSIONS = ("torch", "python", "triton", "cuda", "driver")
 _HEAD = """\
 # Results

@@ -97,7 +97,7 @@ class Row:
     loads: str | None  # widths in bits of the loads in that loop, or of all, and how many
 
 
-_FLAGS = ("FIELD", "FIXED", "DENSE", "NOISE", "ADJUST")
+_FLAGS = ("FIELD", "FIXED", "DENSE", "NOISE", "ADJUST", "TO_THETA", "LAST", "TO_Y")
 
 
 def measure(

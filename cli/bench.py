@@ -36,6 +36,8 @@ app = typer.Typer(help="Measure: time, memory and correctness against the usual 
 #: The dtypes of operators that do not come in all of them, the first the default, and why.
 _EXACT = {
     "compose": (("float32", "float64"), "as fields are never in half precision"),
+    "fuse": (("float32", "float64"), "as fields are never in half precision"),
+    "ncc": (("float32", "float64"), "as images are never in half precision here"),
     "views": (("float32",), "in which they are made"),
 }
 #: What is measured where neither sizes nor presets are given.
@@ -179,8 +181,10 @@ _operator(
 )
 _operator("warp", "`warp` against `grid_sample`, with and without making its grid.", *_MAPS)
 _operator("compose", "`compose` against interpolation, `grid_sample` and addition.", "batch")
+_operator("fuse", "`fuse_affine` against a matrix product of homogeneous coordinates.", "batch")
 _operator("norm", "The norm of the pyramid's projections, in Triton and in torch.", *_MAPS)
 _operator("losses", "The losses with an affine truth against those of a dense field.", *_MAPS)
+_operator("ncc", "The local correlation of two images against convolutions with a box of ones.", "batch")
 _operator("views", "The generation of views; sizes are those of the crop.", "batch")
 _operator(
     "head",

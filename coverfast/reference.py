@@ -116,6 +116,16 @@ def compose(fine: Tensor, coarse: Tensor) -> Tensor:
     return fine + warp(upsample_dvf(coarse, fine.shape[2:]), fine, "linear", "border")
 
 
+def fuse_affine(dvf: Tensor, theta: Tensor) -> Tensor:
+    """`A(p + dvf(p) - c) + t + c - p` at every pixel `p`, about the grid's centre `c` (GVSL Eq. 12, SPEC 9)."""
+    n, size = dvf.shape[1], dvf.shape[2:]
+    axes = [torch.arange(s, dtype=dvf.dtype, device=dvf.device) for s in size]
+    p = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    c = (torch.tensor(size, dtype=dvf.dtype, device=dvf.device).reshape(n, *[1] * n) - 1) / 2
+    moved = einsum(theta[:, :, :-1], p + dvf - c, "b i j, b j ... -> b i ...")
+    return moved + theta[:, :, -1].reshape(-1, n, *[1] * n) + c - p
+
+
 def sample_norm(x: Tensor, bias: Tensor, weight: Tensor, shift: Tensor, eps: float) -> Tensor:
     """Bias, then GroupNorm with one group: each sample over its channels and pixels."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -156,3 +166,26 @@ def consistency_loss(
     dot = einsum(a, b, "b c ..., b c ... -> b ...").unsqueeze(1)
     norms = [torch.linalg.vector_norm(f, dim=1, keepdim=True).clamp(min=1e-6) for f in (a, b)]
     return 1 - masked_mean(dot / (norms[0] * norms[1]), mask, denominator)
+
+
+def ncc_loss(x: Tensor, y: Tensor, window: Sequence[int], eps: float, denominator: Tensor | float | None) -> Tensor:
+    """1 - mean squared correlation in the window around each pixel, clipped to the grid (GVSL Eq. 1, SPEC 9)."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    n = len(window)
+    pad = [w // 2 for w in reversed(window) for _ in range(2)]
+
+    def taps(v: Tensor) -> Tensor:
+        """What the window around every pixel shows, 0 out of the grid: `(B, C, *S, T)`."""
+        v = F.pad(v, pad)
+        for axis, w in enumerate(window, start=2):
+            v = v.unfold(axis, w, 1)
+        return v.flatten(-n)
+
+    inside = taps(torch.ones_like(x, dtype=dtype))
+
+    def mean(v: Tensor) -> Tensor:
+        return reduce(v * inside, "... t -> ... 1", "sum") / reduce(inside, "... t -> ... 1", "sum")
+
+    away_x, away_y = (v - mean(v) for v in (taps(x.to(dtype)), taps(y.to(dtype))))
+    match = mean(away_x * away_y) ** 2 / ((mean(away_x**2) + eps) * (mean(away_y**2) + eps))
+    return ((1 - match).sum() / (max(1, match.numel()) if denominator is None else denominator)).to(dtype)

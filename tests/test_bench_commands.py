@@ -17,7 +17,10 @@ from coverfast.cli.main import app
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 #: Commands whose options people compare.
-TAKES_ALL = ("mov", "warp", "compose", "norm", "losses", "views", "head", "vpa", "step", "data", "static", "all")
+TAKES_ALL = (
+    *("mov", "warp", "compose", "fuse", "norm", "losses", "views", "head"),
+    *("vpa", "step", "data", "static", "all"),
+)
 
 
 def bench(arguments: str, *more: str) -> Result:

@@ -18,6 +18,7 @@ from coverfast import (
     vector_loss,
     warp,
 )
+from coverfast.ops.fuse import fuse_affine
 from coverfast.ops.losses import field_errors
 from coverfast.ops.warp import resample, warp_up
 
@@ -52,6 +53,7 @@ def ops(size):
         "border": (lambda x, d: warp(x, d, padding="border"), a, dvf),
         "nearest": (lambda x: warp(x, dvf, mode="nearest"), a),
         "compose": (compose, dvf, coarse),
+        "fuse_affine": (fuse_affine, dvf, theta),
         "upsample_dvf": (lambda c: upsample_dvf(c, size), coarse),
         "vector_loss": (lambda p: vector_loss(p, dvf, "inside"), dvf.flip(0)),
         "consistency_loss": (lambda a, b: consistency_loss(a, b, dvf, inside_mask(dvf)), a, b),
@@ -67,7 +69,7 @@ def test_one_graph(op):
         same_compiled(function, *tensors)
 
 
-@pytest.mark.parametrize("op", ["mov", "warp", "compose", "consistency_loss"])
+@pytest.mark.parametrize("op", ["mov", "warp", "compose", "fuse_affine", "consistency_loss"])
 def test_one_graph_of_any_size(op):
     function, *tensors = ops((6, 8))[op]
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -119,7 +121,7 @@ def test_the_pyramid_under_inductor(ndim):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["mov", "warp", "compose", "consistency_loss", "affine target"])
+@pytest.mark.parametrize("op", ["mov", "warp", "compose", "fuse_affine", "consistency_loss", "affine target"])
 def test_ops_under_inductor(op):
     function, *tensors = ops((6, 4))[op]
     same_compiled(function, *tensors, backend="inductor")

@@ -104,6 +104,19 @@ def test_every_operator_compiles_and_nothing_spills():
     _sound(rows)
 
 
+@pytest.mark.slow
+def test_the_local_correlation_compiles_for_every_target():
+    """Every pass of both presets; a lane keeps the rows in its window in registers."""
+    rows = static.table(ops=["ncc"])
+    for target in ARCHITECTURES:
+        found = [(r.kernel, *r.flags) for r in rows if r.target == target]
+        assert sorted(found) == [
+            *[("ncc_moments",), *[("ncc_moments", "last")] * 2, *[("ncc_moments", "last", "to_y")] * 2],
+            *[("ncc_slopes",), *[("ncc_slopes", "last", "to_y")] * 2],
+        ]
+    assert [r for r in rows if r.spills > (0 if PINNED else 8)] == []
+
+
 def test_channels_are_loaded_sixteen_bytes_at_a_time(others):
     found = [r for r in others if (r.kernel, r.flags) == ("warp_forward", ("coarse",))]
     assert {name for r in found for name in r.levels} == {f"paper-3d level {level} up" for level in range(1, 5)}
@@ -230,7 +243,7 @@ from coverfast.bench.sass import compile_launch
 from coverfast.kernels.launch import ARCHITECTURES
 
 for batch, *size in ((2, 6, 6, 32), (1, 8, 16, 96), (3, 2, 14, 64)):
-    for op in ("mov", "warp", "compose", "norm", "losses"):
+    for op in ("mov", "warp", "compose", "fuse", "norm", "losses"):
         for case in CASES[op]([single_level(size, (5, 5, 5), batch=batch)], "channels_last"):
             inputs = case.make("meta", torch.bfloat16, None, 0)
             for launch in LAUNCHES[op](case, inputs, ARCHITECTURES["sm_90"]):

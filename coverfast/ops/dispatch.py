@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 
-OPS = ("mov", "warp", "compose", "norm", "losses", "views")
+OPS = ("mov", "warp", "compose", "fuse", "norm", "losses", "ncc", "views")
 _HAS_TRITON = find_spec("triton") is not None
 #: Ops that have a Triton kernel which this installation can import. Found once, without importing Triton.
 KERNELS = frozenset(op for op in OPS if _HAS_TRITON and find_spec(f"coverfast.kernels.{op}") is not None)

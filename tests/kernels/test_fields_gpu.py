@@ -21,6 +21,7 @@ from coverfast import (
     vector_loss,
     warp,
 )
+from coverfast.ops.fuse import fuse_affine
 from coverfast.ops.losses import field_errors
 from coverfast.ops.warp import resample, warp_up
 
@@ -118,6 +119,22 @@ def test_compose_at_real_sizes(size):
     batch, size = size
     inputs = field(batch, size), field(batch, [s // 2 for s in size], seed=1)
     assert_precise(compose, inputs, 16)
+
+
+@pytest.mark.parametrize("size", [(24, (384, 384)), (2, (128, 128, 128))], ids=str)
+def test_fuse_at_real_sizes(size):
+    needs(10)
+    batch, size = size
+    n = len(size)
+    dvf, theta = field(batch, size), theta_like(batch, n, turn=0.05).float().cuda()
+    slope = normal(batch, n, *size, seed=9)
+    ours = value_and_gradients(partial(fuse_affine, impl="triton"), (dvf, theta), slope)
+    truth = value_and_gradients(partial(fuse_affine, impl="torch"), [dvf.double(), theta.double()], slope.double())
+    for a, b in zip(ours[:2], truth[:2], strict=True):
+        assert_near(a.double(), b, atol=2e-5, rtol=1e-6)
+    # A sum of 2^17 to 2^21 addends of up to 200: errors of float32 are a fraction of the sum of their moduli.
+    moduli = float(slope.abs().sum()) / batch * max(size) / 2
+    assert float((ours[2].double() - truth[2]).abs().max()) <= 2**-23 * moduli
 
 
 @pytest.mark.parametrize("scene", list(SCENES))
@@ -243,6 +260,21 @@ def test_compose_beyond_two_to_the_31_elements_a_sample():
             assert_near(ours[at].cpu().double()[(..., *part)], theirs[(..., *part)], atol=1e-4, rtol=1e-4)
 
 
+def test_fuse_beyond_two_to_the_31_elements_a_sample():
+    """The identity and a shift: what comes of any other map depends on where the pixel is, which a box hides."""
+    needs(45)
+    size = (900, 900, 900)
+    dvf, theta = short_field(1, size), torch.eye(3, 4, device="cuda")[None].clone()
+    theta[..., 3] = torch.tensor([1.0, -2.0, 3.0], device="cuda")
+    slope = torch.empty_like(dvf).normal_(generator=torch.Generator("cuda").manual_seed(2))
+    out, d_dvf, d_theta = value_and_gradients(partial(fuse_affine, impl="triton"), (dvf, theta), slope)
+    assert torch.equal(d_dvf, slope)
+    for axis, shift in enumerate((1.0, -2.0, 3.0)):
+        assert torch.equal(out[:, axis], dvf[:, axis] + shift)
+        total = slope[:, axis].sum(dtype=torch.float64)
+        assert float((d_theta[0, axis, 3] - total).abs()) <= 2**-23 * float(slope[:, axis].abs().sum())
+
+
 # --- every op, as one call --------------------------------------------------------------------------------------------
 
 SIZE = (24, 20, 28)
@@ -264,6 +296,7 @@ def calls() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
         "resample": (lambda x: resample(x, crop), [x]),
         "warp_up": (warp_up, [x, coarse]),
         "compose": (compose, [dvf, coarse]),
+        "fuse_affine": (fuse_affine, [dvf, target.theta.contiguous()]),
         "vector_loss": (lambda p: vector_loss(p, target, "inside", denominator=count), [dvf]),
         "vector_loss, dense": (lambda p, t: vector_loss(p, t, mask), [dvf, other]),
         "end_point_error": (lambda p, t: end_point_error(p, t, "inside"), [dvf, other]),
@@ -274,8 +307,8 @@ def calls() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
 
 
 CALLS = (
-    *("warp", "warp of planes", "nearest", "warp, affine", "resample", "warp_up", "compose", "vector_loss"),
-    *("vector_loss, dense", "end_point_error", "field_errors", "consistency", "consistency, dense"),
+    *("warp", "warp of planes", "nearest", "warp, affine", "resample", "warp_up", "compose", "fuse_affine"),
+    *("vector_loss", "vector_loss, dense", "end_point_error", "field_errors", "consistency", "consistency, dense"),
 )
 
 
@@ -408,7 +441,7 @@ def test_kernels_run_on_the_current_stream(name):
         assert_near(a.float(), b.float(), atol=1e-4, rtol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["warp", "warp_up", "compose", "field_errors", "consistency"])
+@pytest.mark.parametrize("name", ["warp", "warp_up", "compose", "fuse_affine", "field_errors", "consistency"])
 def test_inductor_compiles_it_as_one_graph(name):
     torch.compiler.reset()
     function, inputs = calls()[name]
@@ -453,6 +486,15 @@ def test_composition_writes_its_result_and_nothing_else():
     slope = torch.ones_like(out)
     allowed = 2 * nbytes(fine) + nbytes(coarse)
     assert growth(lambda: torch.autograd.grad(out, [fine, coarse], slope, retain_graph=True)) <= allowed + SLACK
+
+
+def test_fusion_writes_its_result_and_nothing_else():
+    dvf, theta = leaves(field(2, (128, 128, 128)), theta_like(2, 3).float().cuda())
+    assert growth(lambda: fuse_affine(dvf, theta)) <= nbytes(dvf) + SLACK
+    out = fuse_affine(dvf, theta)
+    slope = torch.ones_like(out)
+    assert growth(lambda: torch.autograd.grad(out, [dvf, theta], slope, retain_graph=True)) <= nbytes(dvf) + SLACK
+    assert growth(lambda: torch.autograd.grad(out, [theta], slope, retain_graph=True)) <= SLACK
 
 
 def test_warping_up_or_by_an_affine_field_writes_no_field():
