@@ -20,7 +20,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 #: What a draw is for. Streams never share numbers; the values are part of the definition of a seed.
 STREAM_SCALARS, STREAM_NOISE, STREAM_FILL, STREAM_ELASTIC, STREAM_ORDER, STREAM_CROP, STREAM_SPARE = range(7)
-STREAM_FOREGROUND = 7
+STREAM_FOREGROUND, STREAM_PARTNER = 7, 8
+STREAM_DISTORTION, STREAM_SHUFFLE, STREAM_SHUFFLED_BOXES, STREAM_INPAINT = range(9, 13)
 
 
 def philox_4x32(counter: tuple[Any, Any, Any, Any], seed: int) -> tuple[Any, ...]:
