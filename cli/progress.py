@@ -29,7 +29,9 @@ _FIGURES = (
     ("accuracy", "right {:.1%}"),
     ("epe", "epe {:.2f} px"),
     ("epe_ratio", "ratio {:.3f}"),
+    ("ncc", "NCC {:.3f}"),
     ("val_epe", "held out {:.2f} px"),
+    ("val_ncc", "held out NCC {:.3f}"),
     ("val_dsc", "held out DSC {:.3f}"),
     ("val_auc", "held out AUC {:.3f}"),
 )
@@ -66,8 +68,9 @@ class Shown:
 def training_progress(first: int, iterations: int) -> Iterator[Shown]:
     """Give what shows records and notes: a bar on a terminal with notes above it, a line now and then elsewhere.
 
-    Shows loss, its parts, end-point error and ratio (running means), the last held-out error, the share of time spent
-    waiting for data, iterations a second and the time left.
+    Shows the loss and, where a training has them, its known parts, end-point error and ratio or NCC (running means) and
+    the last of these on held-out samples; the share of time spent waiting for data, iterations a second and the time
+    left.
     """
     console = Console()
     mean: Record = {}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from coverfast.report.colours import CONSISTENCY, FAINT, INK, VECTOR, Array
-from coverfast.report.metrics import of_levels
-from coverfast.report.sheet import GAP, MARGIN, TITLE, WIDTH, Sheet
+from coverfast.report.metrics import meaning, of_levels, stem_of
+from coverfast.report.sheet import GAP, MARGIN, TITLE, WIDTH, Sheet, text_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +22,11 @@ _POINTS = 800
 _COLUMNS, _TALL = 3, 2.6
 # Left of a panel for the numbers of its axis, below it for those of the iterations.
 _NUMBERS, _BELOW = 0.55, 0.55
+#: Most panels of figures that have no meaning here.
+OTHERS = 6
+_COLOURS = (VECTOR, CONSISTENCY, "#7a4fa3", "#5a8a2e", "#b8468a", "#8a6d3b")
+# Letters of a name, and of those of a row in a legend.
+_NAME, _ROW = 40, 66
 
 
 class Curve(NamedTuple):
@@ -58,7 +63,8 @@ class Panel:
         if self.one:
             axes.axhline(1.0, color=FAINT, linewidth=1.0, linestyle=(0, (4, 3)))
         if len(curves) > 1:
-            axes.legend(loc="best", ncols=min(3, len(curves)), frameon=False, fontsize=8.5, borderaxespad=0.1)
+            columns = min(3, len(curves), max(1, _ROW // (6 + max(len(c.name) for c in curves))))
+            axes.legend(loc="best", ncols=columns, frameon=False, fontsize=8.5, borderaxespad=0.1)
 
 
 LOSS = Panel(
@@ -70,6 +76,9 @@ LOSS = Panel(
         Curve("loss_con", "$L_{con}$", CONSISTENCY),
         Curve("loss_dice", "Dice", VECTOR),
         Curve("loss_ce", "cross-entropy", CONSISTENCY),
+        Curve("loss_ncc", "1 - NCC", VECTOR),
+        Curve("loss_smooth", "smoothness", CONSISTENCY),
+        Curve("loss_restore", "restoration", _COLOURS[2]),
     ),
     log=True,
 )
@@ -77,6 +86,20 @@ RATIO = Panel(
     "end-point ratio (0: exact, 1: no better than no displacement)",
     (Curve("epe_ratio", "learned from", VECTOR), Curve("val_epe_ratio", "held out", CONSISTENCY)),
     one=True,
+)
+NCC = Panel(
+    "local NCC (1: the same but for contrast, 0: unrelated)",
+    (
+        Curve("ncc", "learned from", VECTOR),
+        Curve("val_ncc", "held out", CONSISTENCY),
+        Curve("ncc_before", "before matching", "#dfaa86", 1.4),
+        Curve("val_ncc_before", "held out, before", "#8bbcc6", 1.4),
+    ),
+)
+HELD_OUT = Panel(
+    "loss: learned from, held out",
+    (Curve("loss", "learned from", VECTOR), Curve("val_loss", "held out", CONSISTENCY)),
+    zero=False,
 )
 AREA = Panel(
     "held-out cases: area under the ROC curve, accuracy",
@@ -88,7 +111,10 @@ RANKS = (Curve("rank", "finest level", VECTOR), Curve("rank_coarse", "coarsest l
 
 
 def curves_sheet(metrics: Metrics) -> Sheet | None:
-    """All panels that have data, three a row; None when none has."""
+    """All panels that have data, three a row; None when none has.
+
+    Of figures that this library does not know there are `OTHERS` panels at most.
+    """
     panels = [panel for panel in _panels(metrics) if _present(metrics, panel.curves)]
     if not panels:
         return None
@@ -102,28 +128,86 @@ def curves_sheet(metrics: Metrics) -> Sheet | None:
     return sheet
 
 
+def loss_panel(metrics: Metrics) -> Panel:
+    """`LOSS`, with every `loss_NAME` that only the run knows; linear where losses are negative."""
+    known = {curve.key for curve in LOSS.curves}
+    more = [key for key in metrics if key.startswith("loss_") and key not in known and _told(metrics, key)]
+    curves = _present(metrics, LOSS.curves)
+    curves += _named(more, [c for c in _COLOURS if c not in {curve.colour for curve in curves}])
+    if any(np.nanmedian(metrics[curve.key]) < 0 for curve in curves):
+        return Panel("loss", curves, zero=False)
+    return replace(LOSS, curves=curves)
+
+
+def merit_panel(metrics: Metrics) -> Panel | None:
+    """What tells best how far a run is, of what it logged."""
+    return next((panel for panel in (RATIO, NCC, *_held_out(metrics)) if _present(metrics, panel.curves)), None)
+
+
+def _held_out(metrics: Metrics) -> list[Panel]:
+    """The loss on held-out images, for runs without a ratio."""
+    return [HELD_OUT] if _told(metrics, "val_loss") and not _present(metrics, RATIO.curves) else []
+
+
+def _others(metrics: Metrics) -> list[Panel]:
+    """A panel for each figure that is unknown here: of training and held out, or of all its levels."""
+    found: dict[str, list[str]] = {}
+    for key in metrics:
+        stem = stem_of(key)
+        if key != "iteration" and not meaning(key) and not stem.startswith("loss_") and _told(metrics, key):
+            found.setdefault(stem, []).append(key)
+    panels = []
+    for stem, keys in list(found.items())[:OTHERS]:
+        curves = _named(sorted(keys, key=lambda key: (len(key), key)), _COLOURS)
+        if set(keys) == {stem, f"val_{stem}"}:
+            curves = [Curve(stem, "learned from", VECTOR), Curve(f"val_{stem}", "held out", CONSISTENCY)]
+        panels.append(Panel(_plain(keys[0] if len(keys) == 1 else stem), curves, zero=False))
+    return panels
+
+
+def _named(keys: Sequence[str], colours: Sequence[str]) -> list[Curve]:
+    """Curves under their own names."""
+    colours = colours if len(keys) <= len(colours) else ramp_of(len(keys))
+    return [Curve(key, _plain(key), colour) for key, colour in zip(keys, colours, strict=False)]
+
+
+def _plain(name: str) -> str:
+    """A name to be read as it is, cut if it is long."""
+    name = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+    return name.replace("$", r"\$")
+
+
 def _panels(metrics: Metrics) -> list[Panel]:
     found = of_levels(metrics, "ratio")
     ratios = [
         Curve(key, f"level {key.rpartition('_')[2]}", c) for key, c in zip(found, ramp_of(len(found)), strict=True)
     ]
     return [
-        LOSS,
+        loss_panel(metrics),
         RATIO,
+        NCC,
+        *_held_out(metrics),
         Panel("held-out cases: mean DSC", [Curve("val_dsc", "", VECTOR)], one=True),
         AREA,
         Panel("share of right labels, augmented crops", [Curve("accuracy", "", VECTOR)], share=True),
         Panel("end-point ratio of each level", ratios, one=True),
+        Panel("mean length of the displacement, px", [Curve("displacement", "", VECTOR)]),
+        Panel("share of the displacement that folds", [Curve("folded", "", VECTOR)], share=True),
         Panel("cosine between features, finest level", COSINES, zero=False),
         Panel("effective rank of the features", RANKS),
+        *_others(metrics),
         Panel("gradient norm (log scale)", [Curve("grad_norm", "", INK, 1.4)], log=True),
         Panel("learning rate", [Curve("lr", "", INK)]),
         Panel("share of the time waiting for data", [Curve("data_wait", "", INK, 1.4)], share=True),
     ]
 
 
-def _present(metrics: Metrics, curves: Sequence[Curve]) -> list[Curve]:
-    return [c for c in curves if c.key in metrics and np.isfinite(metrics[c.key]).any()]
+def _told(metrics: Metrics, key: str) -> bool:
+    return key in metrics and bool(np.isfinite(metrics[key]).any())
+
+
+def _present(metrics: Metrics, curves: Iterable[Curve]) -> list[Curve]:
+    return [curve for curve in curves if _told(metrics, curve.key)]
 
 
 def ramp_of(count: int) -> list[str]:
@@ -143,7 +227,10 @@ def _frame(axes: Axes, iteration: Array, title: str) -> None:
     axes.tick_params(labelsize=9, colors=INK)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.7, zorder=0)
     axes.set_xlabel("iteration", fontsize=9.5, color=INK, labelpad=3)
-    axes.set_title(title, loc="left", fontsize=10.5, color=INK, pad=5)
+    # What stands to the right leaves a little room.
+    room = axes.bbox.width / axes.figure.dpi + 0.2
+    size = 10.5 * min(1.0, room / max(text_width(title, 10.5), 1e-6))
+    axes.set_title(title, loc="left", fontsize=size, color=INK, pad=5)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}" if v < 10_000 else f"{v / 1000:g}k")
     if len(iteration) > 1:

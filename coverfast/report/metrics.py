@@ -25,6 +25,9 @@ MEANINGS = {
     "loss_con": "1 - cosine between the features of both views at the same place",
     "loss_dice": "soft Dice loss of the batch, over the foreground classes",
     "loss_ce": "cross-entropy of the batch",
+    "loss_ncc": "1 - ncc",
+    "loss_smooth": "roughness of the displacement: mean square of its forward differences",
+    "loss_restore": "mean square error of the image restored from its distorted form",
     "dsc": "Dice similarity, mean over cases and foreground classes",
     "auc": "area under the ROC curve, one class against the rest",
     "accuracy": "share of right labels",
@@ -32,6 +35,10 @@ MEANINGS = {
     "epe_ratio": "end-point error over that of no displacement: 0 is exact, 1 no better than nothing",
     "epe": "end-point error: distance between predicted and true displacement, px of its level",
     "ratio": "end-point ratio",
+    "ncc": "local correlation, squared, of image A and B brought over: 1 is the same but for contrast, 0 unrelated",
+    "ncc_before": "the same before matching, of A and B as they are",
+    "displacement": "mean length of the displacement, px",
+    "folded": "share of the displacement that folds: its Jacobian determinant is not positive",
     "mask": "share of view b that view a shows too",
     "beyond_reach": "share of displacements longer than the pyramid can express",
     "background": "share of view b with nothing to match",
@@ -116,15 +123,15 @@ def of_levels(metrics: Mapping[str, Array], name: str) -> list[str]:
     return sorted(found, key=lambda key: (len(key), key))
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
     """The name without the level and without "val_"."""
     return re.sub(r"_\d+$", "", name.removeprefix("val_"))
 
 
 def meaning(name: str) -> str:
     """What a figure is, "" if unknown."""
-    text = MEANINGS.get(_stem(name), "")
-    text += f", level {name.rpartition('_')[2]}" if text and _stem(name) != name.removeprefix("val_") else ""
+    text = MEANINGS.get(stem_of(name), "")
+    text += f", level {name.rpartition('_')[2]}" if text and stem_of(name) != name.removeprefix("val_") else ""
     return f"held out: {text}" if name.startswith("val_") and text else text
 
 
@@ -134,7 +141,7 @@ def last_figures(metrics: Mapping[str, Array]) -> list[tuple[str, float, float, 
     names = [name for name in metrics if name != "iteration" and np.isfinite(metrics[name]).any()]
 
     def place(name: str) -> tuple[int, bool]:
-        stem = _stem(name)
+        stem = stem_of(name)
         return order.index(stem) if stem in MEANINGS else len(order), name.startswith("val_")
 
     rows = []

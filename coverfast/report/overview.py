@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from coverfast.report.colours import INK, Array, dvf_to_rgb, grey, overlay
-from coverfast.report.curves import LOSS, RATIO
+from coverfast.report.colours import Array, dvf_to_rgb, grey, overlay
+from coverfast.report.curves import RATIO, loss_panel
 from coverfast.report.pictures import Pictures, Plane
 from coverfast.report.sheet import GAP, TITLE, Grid, Sheet
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from coverfast.report.strip import BELOW, FOOT, draw_strip, has_curves, strip_height
 
 
 def overview_sheet(pictures: Pictures, metrics: Mapping[str, Array]) -> Sheet:
@@ -26,21 +24,15 @@ def overview_sheet(pictures: Pictures, metrics: Mapping[str, Array]) -> Sheet:
     volume, channels = len(planes) > 1, len(pictures.x_a)
     grid = Grid([plane.shape(p.size) for plane in planes], max(6, len(p.warped) + 1), volume)
     block = TITLE + grid.height - GAP
-    curves = float(np.clip(grid.sizes[0][1], 2.3, 2.6))
-    has_curves = bool(np.isfinite(metrics.get("loss", np.empty(0))).any())
-    sheet = Sheet(2 * block + TITLE + curves + (0.82 if has_curves else 0.4))
+    drawn = has_curves(metrics)
+    sheet = Sheet(2 * block + TITLE + strip_height(grid) + (BELOW if drawn else FOOT))
     scale = _scale(p)
     top = TITLE
     for plane in planes:
         _row(sheet, grid, p, plane, top, block, scale)
         top += grid.sizes[planes.index(plane)][1] + GAP
 
-    below = 2 * block + TITLE
-    if has_curves:
-        half = (grid.column(grid.columns - 1) - grid.left - 1.3) / 2
-        LOSS.draw(sheet.axes(grid.left + 0.45, below, half, curves), metrics)
-        RATIO.draw(sheet.axes(grid.left + half + 1.05, below, half, curves), metrics)
-    _wheel(sheet.axes(grid.column(grid.columns - 1), below, grid.wide, curves), scale, volume)
+    draw_strip(sheet, grid, 2 * block + TITLE, metrics, [loss_panel(metrics), RATIO] if drawn else [], [scale])
     about = ["slices through the middle of what is seen, displacement in the plane of each"] if volume else []
     about += [f"channel 1 of {channels}"] if channels not in (1, 3) else []
     about.append("a over b: a in magenta, b in green, grey where they agree; hatched: the truth points outside a")
@@ -79,20 +71,3 @@ def _row(sheet: Sheet, grid: Grid, p: Pictures, plane: Plane, top: float, block:
     for level, image in enumerate(warps):
         show(level, image, f"a warped, level {level}", f"stride {p.stride(level)}", block)
     show(levels, b, "view b", "target", block)
-
-
-def _wheel(axes: Axes, scale: float, up: bool) -> None:
-    """The colour of every displacement up to `scale` px, as a disc; directions are those of the pictures."""
-    at = np.linspace(-1, 1, 301)
-    dvf = np.stack(np.meshgrid(at, at, indexing="ij")) * scale
-    alpha = np.clip((1 - np.hypot(dvf[0], dvf[1]) / scale) * 150, 0, 1)
-    rgba = np.dstack([dvf_to_rgb(dvf, scale), alpha])
-    axes.imshow(rgba[::-1] if up else rgba, extent=(-1, 1, 1, -1), interpolation="bilinear")
-    wide, high = axes.bbox.size
-    axes.set(xlim=(-1.15, 1.75), ylim=(2.9 * high / wide - 1.15, -1.15), aspect="equal")
-    axes.axis("off")
-    axes.set_title("displacement", loc="left", fontsize=10.5, color=INK, pad=5)
-    axes.contour(at, at, np.hypot(dvf[0], dvf[1]) / scale, [0.5], colors=INK, linewidths=0.5, alpha=0.4)
-    axes.plot([0, 1], [0, 0], color=INK, linewidth=0.8)
-    axes.text(0.5, 0.03, f"{scale / 2:.3g}", fontsize=8.5, color=INK, ha="center", va="top")
-    axes.text(1.05, 0.0, f"{scale:.3g} px", fontsize=9, color=INK, ha="left", va="center")

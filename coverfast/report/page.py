@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from coverfast.disk import explained, write_atomically
 from coverfast.report.colours import Array
-from coverfast.report.curves import curves_sheet
+from coverfast.report.curves import OTHERS, curves_sheet
 from coverfast.report.features import features_sheet
+from coverfast.report.gallery import Gallery, on_host
+from coverfast.report.gallery_sheet import gallery_sheet
 from coverfast.report.metrics import last_figures, meaning
 from coverfast.report.overview import overview_sheet
 from coverfast.report.pictures import Pictures
-from coverfast.report.sheet import need_matplotlib
+from coverfast.report.sheet import Sheet, need_matplotlib
 from coverfast.report.similarity import similarity_sheet
+
+if TYPE_CHECKING:
+    from coverfast.methods import Shown
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -58,19 +63,33 @@ _CURVES = """Thin or shaded: every iteration; bold: the running mean. The end-po
 1 is no better than predicting no displacement, 0 is exact. Held out well above learned from is overfitting. A cosine
 between random pixels that goes to 1 while the rank goes to 1 is collapse; a cosine between neighbours that falls
 towards that between random pixels is over-dispersion."""
+_CURVES_OF_ANY = f"""Thin or shaded: every iteration; bold: the running mean. Held out much worse than learned from is
+overfitting. Figures without a meaning in the table below are the method's own; {OTHERS} of them at most are drawn."""
+_CURVES_NCC = """The local NCC is the figure to watch: it should rise above what it is before matching, and held out as
+much as on what is learned from."""
 
 
 class Entry(NamedTuple):
-    """A report among several. folder: its name, below that of the index. note: a line on it."""
+    """A report among several. folder: its name, below that of the index. note: a line on it. pictured: has pictures."""
 
     folder: str
     title: str
     note: str
+    pictured: bool = True
+
+
+class _Section(NamedTuple):
+    """A part of the page. name: of the picture's file, without suffix. caption: in HTML."""
+
+    name: str
+    heading: str
+    caption: str
+    sheet: Sheet | None
 
 
 def write_report(
     folder: str | Path,
-    pictures: Pictures,
+    pictures: Pictures | Gallery | Shown | None,
     metrics: Mapping[str, Array] | None = None,
     *,
     title: str,
@@ -78,36 +97,28 @@ def write_report(
 ) -> Path:
     """Write `index.html` and its pictures into a folder, made if need be, and return the page.
 
-    overview.png, features.png, similarity.png (where a pixel is marked) and curves.png (where `metrics`, of
-    `load_metrics`, have any) are each written whole or not at all, the page last. about: facts to head the page with.
-    `InputError`: matplotlib is not installed, or a file cannot be written.
+    overview.png (where there are pictures), of COVER features.png and similarity.png (where a pixel is marked), and
+    curves.png (where `metrics`, of `load_metrics`, have any) are each written whole or not at all, the page last.
+    about: facts to head the page with. `InputError`: the pictures do not fit together, matplotlib is not installed, or
+    a file cannot be written.
     """
     need_matplotlib()
-    folder, metrics = Path(folder), metrics or {}
+    folder, metrics, seen = Path(folder), metrics or {}, on_host(pictures)
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    sheets = [
-        ("overview", "Overview", _OVERVIEW, overview_sheet(pictures, metrics)),
-        ("features", "Features", _FEATURES, features_sheet(pictures)),
-        ("similarity", "Matches", _SIMILARITY, similarity_sheet(pictures)),
-        ("curves", "Curves", _CURVES, curves_sheet(metrics)),
-    ]
-    error, ratio = pictures.end_point()
-    lead = (
-        f"On this sample the predicted displacement is {error:.2f} px off on average, {ratio:.2f} of the error of "
-        "predicting none."
-        if pictures.mask.any()
-        else "The two views have no pixel in common: the crop is small for the image, and there is nothing to measure."
-    )
-    parts = [f"<h1>{escape(title)}</h1>", html_facts(about or {}), f"<p>{lead}</p>"]
-    for name, heading, caption, sheet in sheets:
+    if isinstance(seen, Pictures):
+        lead, sections = _of_cover(seen, metrics)
+    else:
+        lead, sections = _of_any(seen, metrics)
+    parts = [f"<h1>{escape(title)}</h1>", html_facts(about or {}), f"<p>{lead}</p>" * bool(lead)]
+    for name, heading, caption, sheet in sections:
         if sheet is not None:
             write_atomically(folder / f"{name}.png", sheet.png())
             wide, high = (int(v) for v in sheet.figure.bbox.size)
             size = f'width="{wide}" height="{high}"'
             parts += [
                 f"<h2>{heading}</h2>",
-                f"<p>{caption}</p>",
+                f"<p>{caption}</p>" * bool(caption),
                 f'<a class="scroll" href="{name}.png"><img src="{name}.png" alt="{heading}" {size}></a>',
             ]
     parts.append(_table(metrics))
@@ -116,11 +127,39 @@ def write_report(
     return page
 
 
+def _of_cover(pictures: Pictures, metrics: Mapping[str, Array]) -> tuple[str, list[_Section]]:
+    """The first sentence in HTML, and what follows."""
+    error, ratio = pictures.end_point()
+    lead = (
+        f"On this sample the predicted displacement is {error:.2f} px off on average, {ratio:.2f} of the error of "
+        "predicting none."
+        if pictures.mask.any()
+        else "The two views have no pixel in common: the crop is small for the image, and there is nothing to measure."
+    )
+    return lead, [
+        _Section("overview", "Overview", _OVERVIEW, overview_sheet(pictures, metrics)),
+        _Section("features", "Features", _FEATURES, features_sheet(pictures)),
+        _Section("similarity", "Matches", _SIMILARITY, similarity_sheet(pictures)),
+        _Section("curves", "Curves", _CURVES, curves_sheet(metrics)),
+    ]
+
+
+def _of_any(gallery: Gallery | None, metrics: Mapping[str, Array]) -> tuple[str, list[_Section]]:
+    """The method's own sentence in HTML, and what follows."""
+    text = f"{_CURVES_NCC} {_CURVES_OF_ANY}" if "ncc" in metrics else _CURVES_OF_ANY
+    curves = _Section("curves", "Curves", text, curves_sheet(metrics))
+    if gallery is None:
+        return "", [curves]
+    overview = _Section("overview", "Overview", escape(gallery.help), gallery_sheet(gallery, metrics))
+    return escape(gallery.text), [overview, curves]
+
+
 def write_index(folder: str | Path, entries: Sequence[Entry], *, title: str) -> Path:
     """Write `index.html` over several reports in folders below this one, and return it."""
     cards = [
-        f'<a href="{escape(e.folder)}/index.html"><img src="{escape(e.folder)}/overview.png" alt="" loading="lazy">'
-        f"<div>{escape(e.title)}</div><small>{escape(e.note)}</small></a>"
+        f'<a href="{escape(e.folder)}/index.html">'
+        + f'<img src="{escape(e.folder)}/overview.png" alt="" loading="lazy">' * e.pictured
+        + f"<div>{escape(e.title)}</div><small>{escape(e.note)}</small></a>"
         for e in entries
     ]
     page = Path(folder) / "index.html"

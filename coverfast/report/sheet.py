@@ -13,6 +13,7 @@ from coverfast.checks import InputError
 from coverfast.report.colours import FAINT, INK, Array
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -29,6 +30,20 @@ def need_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise InputError("drawing needs the extra: pip install coverfast[plots]") from error
+
+
+def heading_sizes(wide: float) -> tuple[float, float]:
+    """Points of the letters of a name and of a note above a picture of a width in inches."""
+    small = min(1.0, wide / 2.4)
+    return 10.5 * small, 9 * small
+
+
+def text_width(text: str, size: float) -> float:
+    """Inches that a line takes."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    return float(text_to_path.get_text_width_height_descent(text, FontProperties(size=size), False)[0]) / 72
 
 
 @dataclass(frozen=True)
@@ -80,8 +95,8 @@ class Tile:
     note: str = ""
     inside: Array | None = None
 
-    def at(self, row: float, column: float) -> tuple[float, float]:
-        """Where a pixel lies on the sheet, (x, y) in inches."""
+    def at(self, row: Any, column: Any) -> tuple[Any, Any]:
+        """Where a pixel lies on the sheet, (x, y) in inches; arrays of them for arrays."""
         rows, columns = self.rgb.shape[:2]
         down = (row + 0.5) / rows
         return self.left + self.wide * (column + 0.5) / columns, self.top + self.tall * (1 - down if self.up else down)
@@ -132,10 +147,12 @@ class Sheet:
         up: bool = False,
         frame: str = "",
         head: float | None = None,
+        above: float = 0.0,
     ) -> Tile:
         """Show an image as large as it fits into `size`; hatched where it is not `inside`.
 
-        Its name and a note stand above, over a width of `head`, by default that of `size`. frame: its colour.
+        Its name and a note stand above, over a width of `head`, by default that of `size`; the name `above` the note's
+        place, in inches. frame: its colour.
         """
         from matplotlib.patches import Rectangle
 
@@ -152,9 +169,9 @@ class Sheet:
         edge, thick = (frame, 2.0) if frame else ("#bbbbbb", 0.6)
         self.canvas.add_patch(Rectangle(*box, fill=False, edgecolor=edge, linewidth=thick))
         head = size[0] if head is None else head
-        small = min(1.0, head / 2.4)
-        self.write(left, top - 0.06, name, 10.5 * small, INK, va="bottom")
-        self.write(left + head, top - 0.06, note, 9 * small, va="bottom", ha="right")
+        large, small = heading_sizes(head)
+        self.write(left, top - 0.06 - above, name, large, INK, va="bottom")
+        self.write(left + head, top - 0.06, note, small, va="bottom", ha="right")
         self.tiles.append(made)
         return made
 
@@ -176,8 +193,21 @@ class Sheet:
         (x0, y0), (x1, y1) = (tile.at(*(place + s * shape / 2)) for s in (-1, 1))
         outline = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.3)
         self.canvas.add_patch(outline)
+        self._cut_off(outline, tile)
+
+    def lines(self, tile: Tile, lines: Sequence[Array], colour: str, thick: float) -> None:
+        """Lines through places `(K, 2)`, (row, column) in pixels, as far as they lie in the tile."""
+        from matplotlib.collections import LineCollection
+
+        drawn = LineCollection([np.column_stack(tile.at(*line.T)) for line in lines], colors=colour, linewidths=thick)
+        self.canvas.add_collection(drawn, autolim=False)
+        self._cut_off(drawn, tile)
+
+    def _cut_off(self, drawn: Artist, tile: Tile) -> None:
+        from matplotlib.patches import Rectangle
+
         frame = Rectangle((tile.left, tile.top), tile.wide, tile.tall, transform=self.canvas.transData)
-        outline.set_clip_path(frame)
+        drawn.set_clip_path(frame)
 
     def png(self) -> bytes:
         image = io.BytesIO()
