@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from coverfast.checks import InputError, check_choice, require
 from coverfast.foreground import ForegroundMaps, foreground_draws
-from coverfast.philox import STREAM_CROP, STREAM_SPARE, permutation, scalar_uniform
+from coverfast.philox import STREAM_CROP, STREAM_PARTNER, STREAM_SPARE, permutation, scalar_uniform
 from coverfast.samples import ON_BAD_SAMPLE
 from coverfast.shard_reader import Allocate
 from coverfast.shard_set import ShardSet
@@ -88,7 +88,8 @@ class ImageStream(Dataset[Images | InputError]):
     process and how many there are; each sees its own `batch / world` of every batch. on_bad_sample: "skip" replaces a
     sample that cannot be read by others, drawn for its place in the stream, and says so in `Images.bad`. least: images
     are filled with zeros at the high end to at least this size. labels: read the label maps too; `InputError` unless
-    the shards have them, of the same classes.
+    the shards have them, of the same classes. pairs: `batch` pairs an iteration instead of single images: after each
+    image another one, drawn from all the others; both get their focus, if any, at about the same place.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class ImageStream(Dataset[Images | InputError]):
         on_bad_sample: str = "stop",
         least: tuple[int, ...] = (),
         labels: bool = False,
+        pairs: bool = False,
     ) -> None:
         for name, value in (("batch", batch), ("crops", crops), ("world", world)):
             require(isinstance(value, int) and value >= 1, f"{name} must be an int of at least 1, got {value!r}")
@@ -118,7 +120,8 @@ class ImageStream(Dataset[Images | InputError]):
         check_choice("on_bad_sample", on_bad_sample, ON_BAD_SAMPLE)
         if labels:
             data.need_labels()
-        self.labels = labels
+        require(not pairs or len(data) > 1, f"data must have at least 2 samples to make pairs of, got {len(data)}")
+        self.labels, self.pairs = labels, pairs
         self.data, self.batch, self.seed, self.regions, self.crops = data, batch, seed, regions, crops
         self.foreground, self.maps = foreground, ForegroundMaps(data)
         self.rank, self.world, self.on_bad_sample, self.least = rank, world, on_bad_sample, least
@@ -144,8 +147,34 @@ class ImageStream(Dataset[Images | InputError]):
         """The batch of an iteration, on the host."""
         share = self.batch // self.world
         samples = np.arange(self.rank * share, (self.rank + 1) * share)
-        chosen = [self.index((iteration - 1) * self.batch + int(s)) for s in samples]
-        return self.gather(iteration, samples, np.array(chosen), self.foreground)
+        chosen = np.array([self.index((iteration - 1) * self.batch + int(s)) for s in samples])
+        if self.pairs:
+            u = scalar_uniform(self.seed, STREAM_PARTNER, iteration, samples, 1)[:, 0]
+            others = (chosen + 1 + np.floor(u * (len(self.data) - 1)).astype(np.int64)) % len(self.data)
+            samples, chosen = _interleaved(2 * samples, 2 * samples + 1), _interleaved(chosen, others)
+        return self.gather(iteration, samples, chosen, self.foreground)
+
+    def _replace(
+        self, iteration: int, samples: Ints, chosen: Ints, slots: Ints, tried: dict[int, int], bad: Sequence[str]
+    ) -> None:
+        """Choose another sample for these slots of a batch, not the partner of one of them."""
+        first = int(slots[0])
+        while True:
+            tried[first] = tried.get(first, 0) + 1
+            few = tried[first] < _ATTEMPTS
+            require(few, f"one sample in {_ATTEMPTS} must be readable, got none: {bad[-1]}")
+            # Drawn, not the next one: that would be seen for all the lost ones before it.
+            u = scalar_uniform(self.seed, STREAM_SPARE, iteration, samples[slots[:1]], tried[first])[0, -1]
+            chosen[slots] = int(u * len(self.data))
+            if not self.pairs or (chosen[slots] != chosen[slots ^ 1]).all():
+                return
+
+    def held_out(self, places: Ints) -> Images:
+        """The samples at these places of the set, unfocused, as iteration 0; in pairs each before the next one."""
+        if not self.pairs:
+            return self.gather(0, places, places)
+        following = (places + 1) % len(self.data)
+        return self.gather(0, _interleaved(2 * places, 2 * places + 1), _interleaved(places, following))
 
     def gather(self, iteration: int, samples: Ints, chosen: Ints, foreground: float = 0.0) -> Images:
         """Read the parts of the chosen samples that the positions `samples` of an iteration's batch need.
@@ -153,14 +182,18 @@ class ImageStream(Dataset[Images | InputError]):
         foreground: share of them that get a focus; none unless it is given, as held-out samples are to be seen.
         """
         chosen, bad, ndim = chosen.copy(), [], self.data.sizes.shape[1]
-        groups = {i: np.flatnonzero(chosen == i) for i in dict.fromkeys(chosen.tolist())}
-        tried = dict.fromkeys(groups, 0)
+        tried: dict[int, int] = {}
         focus = np.full((len(samples), ndim), -1)
-        wanted, places = foreground_draws(self.seed, iteration, samples, ndim, foreground)
+        items = samples // 2 if self.pairs else samples
+        wanted, places = foreground_draws(self.seed, iteration, items, ndim, foreground)
 
-        def settle(group: int, work: Callable[[Ints], None], again: Callable[[Ints], None]) -> None:
+        def each(work: Callable[[Ints], None], again: Callable[[Ints], None]) -> None:
+            """Work on the slots of each sample together, which is then read once."""
+            for index in dict.fromkeys(chosen.tolist()):
+                settle(np.flatnonzero(chosen == index), work, again)
+
+        def settle(slots: Ints, work: Callable[[Ints], None], again: Callable[[Ints], None]) -> None:
             """Work on a sample, and again on others in its place until one can be read."""
-            slots = groups[group]
             while True:
                 try:
                     return work(slots)
@@ -168,11 +201,15 @@ class ImageStream(Dataset[Images | InputError]):
                     if self.on_bad_sample == "stop":
                         raise
                     bad.append(str(error))
-                tried[group] += 1
-                require(tried[group] < _ATTEMPTS, f"one sample in {_ATTEMPTS} must be readable, got none: {bad[-1]}")
-                # Drawn, not the next one: that would be seen for all the lost ones before it.
-                u = scalar_uniform(self.seed, STREAM_SPARE, iteration, samples[slots[:1]], tried[group])[0, -1]
-                chosen[slots], work = int(u * len(self.data)), again
+                # Of several pairs the partners differ, and so may what can take its place.
+                alone = [slots[i : i + 1] for i in range(len(slots))] if self.pairs else [slots]
+                for some in alone:
+                    self._replace(iteration, samples, chosen, some, tried, bad)
+                if len(alone) > 1:
+                    for some in alone:
+                        settle(some, again, again)
+                    return None
+                work = again
 
         def aim(slots: Ints) -> None:
             focus[slots] = -1
@@ -194,14 +231,12 @@ class ImageStream(Dataset[Images | InputError]):
             ends[slots] = self.regions(self.seed, iteration, samples[slots], sizes, focus[slots])
             read(slots)
 
-        for group in groups:
-            settle(group, aim, aim)
+        each(aim, aim)
         ends = self.regions(self.seed, iteration, samples, self.data.sizes[chosen], focus)
         together, labels_together = (_Together(len(samples), ends, self.least) for _ in range(2))
         parts: dict[int, NDArray[Any]] = {}
         maps: dict[int, NDArray[np.uint8]] = {}
-        for group in groups:
-            settle(group, read, read_another)
+        each(read, read_another)
         corner, extents = np.ascontiguousarray(ends[..., 0]), ends[..., 1] - ends[..., 0]
         order = range(len(samples))
         images, scaling = together.stack([parts[slot] for slot in order], extents, self.data.scaling[chosen])
@@ -213,6 +248,11 @@ class ImageStream(Dataset[Images | InputError]):
         arrays = (extents, corner, focus, self.data.sizes[chosen], scaling, samples, chosen)
         tensors: Any = tuple(torch.from_numpy(array) for array in arrays)
         return Images._make((images, *tensors, iteration, bad, labels, targets))
+
+
+def _interleaved(first: Ints, second: Ints) -> Ints:
+    """The values of both, in turns."""
+    return np.stack([first, second], 1).ravel()
 
 
 class _Together:

@@ -7,7 +7,6 @@ of (seed, iteration, position in the global batch), see `coverfast.philox`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from coverfast.appearance import appearance
 from coverfast.checks import check_map
+from coverfast.crops import cut
 from coverfast.geometry import AffineDVF, Size, as_dvf, inside_mask, positions
 from coverfast.ops.dispatch import choose
 from coverfast.ops.losses import Mask
@@ -128,20 +128,9 @@ def _make_views(images: Tensor, plan: Plan, settings: ViewSettings, impl: str) -
 
         fill_pair(pair, images, *plan.for_kernels, boxes=settings.boxes, taps=plan.taps)
     else:
-        views.x_a.copy_(appearance(_cut(images, plan.cut, plan.crop), plan, settings))
+        views.x_a.copy_(appearance(cut(images, plan.cut, plan.crop), plan, settings))
         views.x_b.copy_(resample(images, plan.into, impl=chosen))
     return views
-
-
-def _cut(images: Tensor, origin: Tensor, crop: Sequence[int]) -> Tensor:
-    """Crop each image at its origin; what lies outside the image is zero."""
-    out = images.new_zeros(*images.shape[:2], *crop)
-    for x, y, start in zip(images, out, origin.tolist(), strict=True):
-        low = [max(0, o) for o in start]
-        high = [min(s, o + c) for s, o, c in zip(x.shape[1:], start, crop, strict=True)]
-        here = (..., *(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True)))
-        y[here] = x[(..., *(slice(a, b) for a, b in zip(low, high, strict=True)))]
-    return out
 
 
 def _in_image(dvf: Tensor, sizes: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def held_out(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Batch]:
-    """The first `limit` held-out samples with views that never change (iteration 0, crops at random places).
+    """The first `limit` held-out samples, or pairs, as they never change (iteration 0, crops at random places).
 
     They are cut into parts of `stream.batch` samples; of `world` processes each gets every `world`-th part, from part
     `rank` on, and the last ones may get none.
@@ -48,7 +48,7 @@ def held_out(
     count = min(limit, len(stream.data))
     starts = range(rank * stream.batch, count, world * stream.batch)
     parts = (np.arange(start, min(start + stream.batch, count)) for start in starts)
-    return batches((to_device(stream.gather(0, p, p), device) for p in parts), stream.seed, on_bad)
+    return batches((to_device(stream.held_out(p), device) for p in parts), stream.seed, on_bad)
 
 
 def overlaps(learned: ShardSet, held: ShardSet | None) -> list[str]:
