@@ -11,7 +11,7 @@ from coverfast.cli import bench, evaluate, export, finetune, import_cover, predi
 
 app = typer.Typer(
     name="coverfast",
-    help="Pixel-wise self-supervised pretraining of 2D and 3D medical images by vector contrastive learning (COVER).",
+    help="Pixel-wise self-supervised pretraining of 2D and 3D medical images (COVER, GVSL).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -15,6 +15,11 @@ OwnBackbone = Annotated[
     typer.Option("--backbone", help="Code of your own that makes the network: module:factory, file.py:factory."),
 ]
 
+OwnMethod = Annotated[
+    str | None,
+    typer.Option("--method", help="Code of your own that is the method: module:Class, file.py:Class."),
+]
+
 
 def ints(text: str) -> tuple[int, ...]:
     """`128` or `128,96,96`."""

@@ -21,7 +21,7 @@ def pretrain(
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run in --run DIR exactly")] = False,
 ) -> None:
-    """Pretrain a backbone on a shard by vector contrastive learning.
+    """Pretrain a backbone on a shard: by COVER, GVSL or a method of your own (--method).
 
     Settings come from a preset, then from --config, then from flags. The run folder holds the resolved configuration,
     metrics, checkpoints, backbone.safetensors and, with matplotlib, a picture. `coverfast config PRESET` shows what a

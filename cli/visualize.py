@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coverfast.checks import InputError, per_axis, printable, require
-from coverfast.cli.options import OwnBackbone
+from coverfast.cli.options import OwnBackbone, OwnMethod
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from coverfast.ingest import Source
-    from coverfast.methods import Batch
-    from coverfast.training.restore import Restored
+    from coverfast.methods import Batch, Pretext
 
 
 def visualize(
@@ -31,49 +32,68 @@ def visualize(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     volume: Annotated[int | None, typer.Option(min=0, help="Which volume of a 4D image.")] = None,
     backbone: OwnBackbone = None,
+    method: OwnMethod = None,
 ) -> None:
     """Show what a pretrained network makes of images: views, fields, features, matches.
 
     Every image passes through the preprocessing of the shard that the network learned from and gets a folder with an
-    HTML page; several get a page over them.
+    HTML page; several get a page over them. A method that learns from pairs is shown the first image with each of the
+    others.
     """
     from coverfast.cli.images import learned_preprocessing, result_names
     from coverfast.ingest import scan
-    from coverfast.report import Entry, Pictures, load_metrics, write_index, write_report
+    from coverfast.report import Entry, Pictures, load_metrics, on_host, write_index, write_report
     from coverfast.report.sheet import need_matplotlib
     from coverfast.training.assembly import choose_device
     from coverfast.training.restore import restore_method
 
     need_matplotlib()
     found = scan(images)
-    restored = restore_method(checkpoint, choose_device(device), own=backbone, tell=print)
+    restored = restore_method(checkpoint, choose_device(device), own=backbone, own_method=method, tell=print)
+    trained = restored.method
+    if trained is None:
+        own = restored.settings.method
+        raise InputError(f"{checkpoint} is of a method of your own ({own}): say --method {own}")
+    pairs, sources = trained.pairs, list(found.sources)
+    require(
+        not pairs or len(sources) > 1,
+        f"images must be at least 2 for a method that learns from pairs, got {len(sources)}",
+    )
     preprocessing, notes = learned_preprocessing(restored.preprocessing)
     metrics = load_metrics(restored.metrics) if restored.metrics else {}
     folder = out or Path(f"runs/{datetime.now():%Y%m%d-%H%M%S}-visualize")
     entries: list[Entry] = []
     refused = list(found.refused)
-    with _progress(len(found.sources)) as (tell, step):
+    fixed: Tensor | None = None
+    with _progress(len(sources)) as (tell, step):
         for note in (*restored.notes, *(f"note: {text}" for text in notes)):
             tell(note)
-        for source, name in zip(found.sources, result_names(found.sources), strict=True):
+        for source, name in zip(sources, result_names(sources), strict=True):
             try:
-                batch = _batch(source, restored, preprocessing, seed, volume)
+                image = _image(source, trained, preprocessing, volume)
             except InputError as error:
                 refused.append(str(error))
                 step()
                 continue
-            pictures = Pictures.of(restored.method.pictures(batch))
+            if pairs and fixed is None:
+                fixed, first = image, source.path
+                step()
+                continue
+            batch = _batch([image] if fixed is None else [fixed, image], seed)
+            pictures = on_host(trained.pictures(batch))
             about = {
-                "image": source.path,
-                "pixels": "x".join(map(str, batch.sizes[0].tolist())),
+                **({"image": source.path} if fixed is None else {"A": first, "B": source.path}),
+                "pixels": ", ".join("x".join(map(str, size)) for size in batch.sizes.tolist()),
                 "preprocessing": ", ".join(f"{key} {value}" for key, value in preprocessing.items()),
                 "checkpoint": f"{checkpoint}, iteration {restored.iteration}",
-                "views": f"{'x'.join(map(str, pictures.size))}, seed {seed}",
+                "views": f"{'x'.join(map(str, trained.crop))}, seed {seed}",
             }
             page = write_report(folder / name, pictures, metrics, title=name, about=about)
-            apart = "" if pictures.mask.any() else "; the views are small for the image, another --seed draws others"
-            tell(f"{page}: {pictures.summary()}{apart}")
-            entries.append(Entry(name, name, pictures.summary()))
+            summary = pictures.summary() if pictures else "no pictures"
+            apart = isinstance(pictures, Pictures) and not pictures.mask.any()
+            far = "; the views are small for the image, another --seed draws others" if apart else ""
+            tell(f"{page}: {summary}{far}")
+            entries.append(Entry(name, name, summary, pictured=pictures is not None))
             step()
     if len(entries) > 1:
         print(write_index(folder, entries, title=f"{len(entries)} images, iteration {restored.iteration}"))
@@ -83,18 +103,17 @@ def visualize(
         raise typer.Exit(2)
 
 
-def _batch(source: Source, restored: Restored, preprocessing: dict[str, Any], seed: int, volume: int | None) -> Batch:
-    """An image as a batch of one, as training saw those of the shard."""
+def _image(source: Source, method: Pretext, preprocessing: dict[str, Any], volume: int | None) -> Tensor:
+    """An image `(C, *S)` as training saw those of the shard, on the device."""
     import torch
 
     from coverfast.backbones import Backbone
     from coverfast.ingest import preprocess, read_source
-    from coverfast.methods import Batch
 
-    method, path = restored.method, source.path
-    assert isinstance(method.backbone, Backbone)
+    path, backbone = source.path, method.backbone
+    assert isinstance(backbone, Backbone)
     sample = read_source(source, volume=volume)
-    ndim, channels = method.pyramid.ndim, method.backbone.in_channels
+    ndim, channels = backbone.ndim, backbone.in_channels
     require(
         sample.pixels.ndim - 1 == ndim,
         f"{path} must be {ndim}D like the images the network learned from, got {sample.pixels.ndim - 1}D",
@@ -111,9 +130,20 @@ def _batch(source: Source, restored: Restored, preprocessing: dict[str, Any], se
             f"{'x'.join(map(str, size))} after the preprocessing {preprocessing['preset']!r}; enlarge it, or take a "
             "network that was pretrained with --pad or a smaller --crop"
         )
-    image = torch.from_numpy(sample.normalised())[None].to(next(method.parameters()).device)
-    corner = torch.zeros(1, ndim, dtype=torch.int64)
-    return Batch(image, torch.tensor([size]), corner, torch.zeros(1, dtype=torch.int64), seed, 0)
+    return torch.from_numpy(sample.normalised()).to(next(method.parameters()).device)
+
+
+def _batch(images: list[Tensor], seed: int) -> Batch:
+    """Images as a batch, zero-filled to a common size."""
+    import torch
+
+    from coverfast.methods import Batch
+
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    together = images[0].new_zeros(len(images), len(images[0]), *sizes.amax(0).tolist())
+    for slot, image in zip(together, images, strict=True):
+        slot[(..., *map(slice, image.shape[1:]))] = image
+    return Batch(together, sizes, torch.zeros_like(sizes), torch.arange(len(images)), seed, 0)
 
 
 @contextmanager

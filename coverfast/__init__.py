@@ -1,4 +1,4 @@
-"""Pixel-wise self-supervised pretraining of medical images by vector contrastive learning (COVER, ICCV 2025).
+"""Pixel-wise self-supervised pretraining of medical images: COVER (ICCV 2025) and GVSL (CVPR 2023).
 
 The public names. They are loaded on first use, so that importing the package, or asking the command line for help,
 does not load torch.
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from coverfast.geometry import upsample_dvf as upsample_dvf
     from coverfast.loader import crop_loader as crop_loader
     from coverfast.methods.cover import Cover as Cover
+    from coverfast.methods.gvsl import GVSL as GVSL
     from coverfast.ops.compose import compose as compose
+    from coverfast.ops.fuse import fuse_affine as fuse_affine
     from coverfast.ops.losses import consistency_loss as consistency_loss
     from coverfast.ops.losses import end_point_error as end_point_error
     from coverfast.ops.losses import vector_loss as vector_loss
     from coverfast.ops.mov import mov as mov
+    from coverfast.ops.ncc import ncc_loss as ncc_loss
     from coverfast.ops.warp import warp as warp
     from coverfast.pyramid import VectorPyramid as VectorPyramid
     from coverfast.shard_set import ShardSet as ShardSet
@@ -38,6 +41,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AffineDVF": "geometry",
     "Cover": "methods.cover",
+    "GVSL": "methods.gvsl",
     "ShardSet": "shard_set",
     "ViewRegions": "view_draws",
     "InputError": "checks",
@@ -50,11 +54,13 @@ _HOME = {
     "consistency_loss": "ops.losses",
     "crop_loader": "loader",
     "end_point_error": "ops.losses",
+    "fuse_affine": "ops.fuse",
     "inside_mask": "geometry",
     "load_backbone": "backbones",
     "load_pyramid": "backbones",
     "make_views": "views",
     "mov": "ops.mov",
+    "ncc_loss": "ops.ncc",
     "upsample_dvf": "geometry",
     "vector_loss": "ops.losses",
     "warp": "ops.warp",

@@ -176,3 +176,21 @@ def test_torchrun(shard: Path, alone: Run, tmp_path: Path) -> None:
     assert json.dumps([line["iteration"] for line in lines(Run(tmp_path / "run"))]) == "[1, 2, 3, 4]"
     for ours, theirs in zip(lines(Run(tmp_path / "run")), lines(alone), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--fsdp"]])
+def test_pairs_of_several_processes_are_those_of_one(shard: Path, tmp_path: Path, more: list[str]) -> None:
+    words = ["--method", "gvsl", "--preset", "small-2d", "--channels", "8,8,8,16,16", "--batch", "4", "--crop", "32"]
+    words += ["--iterations", "3", "--val", str(shard), "--val-every", "3", "--threads", "1", "--no-tensorboard"]
+    words += ["--no-report", "--layout", "contiguous"]
+    runs = [Run(tmp_path / str(count)) for count in (1, 2)]
+    for count, run in zip((1, 2), runs, strict=True):
+        command = ["pretrain", "--data", str(shard), "--run", str(run.folder), *words, *(more if count > 1 else [])]
+        processes = together(count, command, tmp_path / f"log-{count}", "")
+        assert [p.wait() for p in processes] == [0] * count, [p.errors for p in processes]
+    for alone, shared in zip(*map(lines, runs), strict=True):
+        for name in ("loss", "loss_ncc", "loss_smooth", "loss_restore", "ncc", "grad_norm", "val_ncc", "val_ncc_before"):
+            if name in alone:
+                rounding = 2e-5 if alone["iteration"] == 1 else 2e-3
+                assert shared[name] == pytest.approx(alone[name], rel=rounding, abs=1e-6), name

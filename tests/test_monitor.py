@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from coverfast import AffineDVF, Cover, UNet, VectorPyramid, inside_mask, upsample_dvf
 from coverfast.dispersion import dispersion, effective_rank
 from coverfast.geometry import downsample_dvf
-from coverfast.methods import Batch, cover_monitor
+from coverfast.methods import Batch, cover_monitor, sampling
 from coverfast.methods.cover import Matched
 from coverfast.views import Views
 
@@ -223,7 +223,7 @@ def test_dispersion_is_that_of_view_b_where_both_pixels_count(ndim, size, dtype,
 def test_pixels_lie_evenly_and_change_with_the_iteration(size):
     rows, seen = torch.empty(4, *size, 0), set()
     for iteration in (1, 50, 2**32 - 1):
-        points = torch.stack(cover_monitor._points(iteration, 1024, rows), 1)
+        points = torch.stack(sampling.some_pixels(iteration, rows), 1)
         assert torch.equal(torch.bincount(points[:, 0]), torch.full((4,), 256))
         # As many in every eighth of every axis as there should be, a few more or fewer.
         for axis, s in enumerate(size, start=1):
@@ -238,9 +238,9 @@ def test_pixels_lie_evenly_and_change_with_the_iteration(size):
 
 def test_a_grid_of_single_pixels_has_neighbours_where_there_are_any():
     at = tuple(torch.tensor(v) for v in ([0, 0, 0], [0, 0, 0], [0, 3, 4], [0, 0, 0]))
-    beside = cover_monitor._beside(at, (1, 5, 1))
+    beside = sampling.beside(at, (1, 5, 1))
     assert [b.tolist() for b in beside] == [[0, 0, 0], [0, 0, 0], [1, 4, 3], [0, 0, 0]]
-    assert [b.tolist() for b in cover_monitor._beside(at, (1, 1, 1))] == [a.tolist() for a in at]
+    assert [b.tolist() for b in sampling.beside(at, (1, 1, 1))] == [a.tolist() for a in at]
 
 
 def test_nothing_counts():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from coverfast.backbones.base import Backbone, check_levels, title
 from coverfast.checks import InputError, per_axis, shape_of
+from coverfast.own_code import refusing
 
 #: Maps of a network, coarse to fine.
 Run = Callable[[Any, Tensor], Sequence[Tensor]]
@@ -177,18 +177,6 @@ def stripped(backbone: Adapted) -> Adapted:
             model.set_submodule(name, Nothing())
             out += (f"{name}.",)
     return Adapted(model, run, backbone.description, size=backbone.image_size)  # which shows that nothing is missed
-
-
-@contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Say in one sentence what failed, whatever foreign code may raise."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{what}, but it fails: {first}") from error
 
 
 def _told(found: object) -> str:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib
-import importlib.util
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from coverfast.backbone_names import LIBRARIES, kind_of
-from coverfast.backbones.adapted import Adapted, refusing
+from coverfast.backbones.adapted import Adapted
 from coverfast.backbones.base import Backbone
 from coverfast.backbones.unet import PAPER_CHANNELS, UNet
 from coverfast.checks import InputError, require
+from coverfast.own_code import imported, parsed, plain, refusing
 
 _KINDS = f"unet, {', '.join(f'{library}:NAME' for library in LIBRARIES)}, or your own package.module:factory or "
 _KINDS += "file.py:factory"
@@ -57,7 +54,13 @@ def choose(
     require(bool(rest), f"backbone must be {_KINDS}, got {name!r}")
     network = name if kind == "own" else rest
     return build(
-        {"kind": kind, "name": network, "args": parsed(args), "ndim": ndim, "in_channels": in_channels},
+        {
+            "kind": kind,
+            "name": network,
+            "args": parsed(args, "backbone_args"),
+            "ndim": ndim,
+            "in_channels": in_channels,
+        },
         own=name if kind == "own" else None,
     )
 
@@ -81,7 +84,7 @@ def build(description: Mapping[str, Any], *, own: str | None = None) -> Backbone
     network, args, ndim, in_channels = (values.pop(key) for key in ("name", "args", "ndim", "in_channels"))
     require(not values, f"a description of a backbone must not have {', '.join(values)}")
     require(isinstance(network, str) and isinstance(args, dict), "name must be a string and args a table")
-    args = _plain(args)
+    args = plain(args, "backbone_args")
     require(ndim in (2, 3), f"ndim must be 2 or 3, got {ndim!r}")
     require(isinstance(in_channels, int) and in_channels >= 1, f"in_channels must be at least 1, got {in_channels!r}")
     if kind == "own":
@@ -97,33 +100,9 @@ def build(description: Mapping[str, Any], *, own: str | None = None) -> Backbone
     return found
 
 
-def parsed(args: Sequence[str]) -> dict[str, Any]:
-    """`feature_size=24` and the like by name; what Python does not read as a value is a string."""
-    found: dict[str, Any] = {}
-    for arg in args:
-        key, equals, text = arg.partition("=")
-        require(bool(equals) and key.isidentifier(), f"backbone_args must be KEY=VALUE, got {arg!r}")
-        require(key not in found, f"backbone_args must name an argument once, got {key} twice")
-        try:
-            found[key] = _plain(ast.literal_eval(text))
-        except (ValueError, SyntaxError):
-            found[key] = text
-    return found
-
-
 def spelled(args: Mapping[str, Any]) -> tuple[str, ...]:
-    """Arguments as `parsed` reads them."""
+    """Arguments as `coverfast.own_code.parsed` reads them."""
     return tuple(f"{key}={value!r}" for key, value in args.items())
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back, so that a network is the same before and after a file."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    require(value is None or isinstance(value, (bool, int, float, str)), f"backbone_args must be plain, got {value!r}")
-    return value
 
 
 def need(module: str, package: str) -> Any:
@@ -154,16 +133,8 @@ def among(what: str, name: str, names: Sequence[str]) -> None:
 
 def _own(place: str, ndim: int, in_channels: int, args: Mapping[str, Any]) -> Backbone:
     """A network by the user's code."""
-    where, _, attribute = place.rpartition(":")
-    require(bool(where and attribute), f"backbone must be {_KINDS}, got {place!r}")
-    # What the code itself imports lies beside it, or where the command was given; it may do so later, too.
-    folder = str(Path(where).parent.absolute() if where.endswith(".py") else Path.cwd())
-    if folder not in sys.path:
-        sys.path.append(folder)
-    with refusing(f"backbone must be code that can be imported, {place} for one"):
-        module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-        factory = getattr(module, attribute)
-    with refusing(f"{place} must be called as {attribute}(ndim={ndim}, in_channels={in_channels}, ...)"):
+    factory = imported("backbone", place, _KINDS)
+    with refusing(f"{place} must be called as {place.rpartition(':')[2]}(ndim={ndim}, in_channels={in_channels}, ...)"):
         model = factory(ndim=ndim, in_channels=in_channels, **args)
     require(isinstance(model, nn.Module), f"{place} must give a torch.nn.Module, got {type(model).__name__}")
     description = {"kind": "own", "name": place, "args": dict(args), "ndim": ndim, "in_channels": in_channels}
@@ -172,15 +143,3 @@ def _own(place: str, ndim: int, in_channels: int, args: Mapping[str, Any]) -> Ba
 
 def _call(model: nn.Module, x: Any) -> Any:
     return model(x)
-
-
-def _from_file(path: Path) -> Any:
-    require(path.is_file(), f"backbone must be code that can be imported, but there is no file {path}")
-    name = f"coverfast_own_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and the like look their module up
-    spec.loader.exec_module(module)
-    return module

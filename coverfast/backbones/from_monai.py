@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coverfast.backbones.adapted import Adapted, Run, refusing, stripped
+from coverfast.backbones.adapted import Adapted, Run, stripped
 from coverfast.backbones.choosing import need
 from coverfast.checks import check_choice, require
+from coverfast.own_code import refusing
 
 #: Arguments that are set here, or about heads.
 _RESERVED = {"spatial_dims", "in_channels", "out_channels", "deep_supervision", "deep_supr_num", "use_conv_final"}

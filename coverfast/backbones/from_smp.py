@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coverfast.backbones.adapted import Adapted, refusing, stripped
+from coverfast.backbones.adapted import Adapted, stripped
 from coverfast.backbones.choosing import among, need
 from coverfast.backbones.from_timm import sized
 from coverfast.checks import check_choice, require
+from coverfast.own_code import refusing
 
 #: Arguments of the classes that are about the head, or set here.
 _RESERVED = {"self", "kwargs", "encoder_weights", "in_channels", "classes", "activation", "aux_params", "upsampling"}

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from coverfast.backbones.adapted import Adapted, Run, refusing
+from coverfast.backbones.adapted import Adapted, Run
 from coverfast.backbones.choosing import among, need
 from coverfast.checks import InputError, require
+from coverfast.own_code import refusing
 
 #: What makes the extractor rather than the network, beside the arguments of timm's functions that do so.
 _RESERVED = {"features_only", "feature_cls", "in_chans", "pruned"}

@@ -22,18 +22,20 @@ _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _UPSAMPLE = {2: "bilinear", 3: "trilinear"}
 
 
+def conv_group(ndim: int, in_channels: int, out_channels: int) -> list[nn.Module]:
+    """3^n convolution with bias, GroupNorm with 8 channels a group, LeakyReLU(0.2)."""
+    conv = _CONV[ndim](in_channels, out_channels, 3, padding=1)
+    nn.init.kaiming_normal_(conv.weight, a=0.2)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return [conv, nn.GroupNorm(out_channels // 8, out_channels), nn.LeakyReLU(0.2, inplace=True)]
+
+
 class DoubleConv(nn.Sequential):
-    """Twice: 3^n convolution with bias, GroupNorm with 8 channels a group, LeakyReLU(0.2)."""
+    """Two convolution groups, see `conv_group`."""
 
     def __init__(self, ndim: int, in_channels: int, out_channels: int) -> None:
-        layers: list[nn.Module] = []
-        for channels in (in_channels, out_channels):
-            conv = _CONV[ndim](channels, out_channels, 3, padding=1)
-            nn.init.kaiming_normal_(conv.weight, a=0.2)
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
-            layers += [conv, nn.GroupNorm(out_channels // 8, out_channels), nn.LeakyReLU(0.2, inplace=True)]
-        super().__init__(*layers)
+        super().__init__(*conv_group(ndim, in_channels, out_channels), *conv_group(ndim, out_channels, out_channels))
 
 
 class UNet(Backbone):

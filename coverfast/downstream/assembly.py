@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coverfast.backbones import Backbone, backbone_file, build, choose, read_backbone
+from coverfast.backbones import backbone_file, build, choose, read_backbone
 from coverfast.backbones.base import title
-from coverfast.backbones.choosing import parsed, spelled
+from coverfast.backbones.choosing import spelled
 from coverfast.backbones.files import beside, described
 from coverfast.checks import InputError, require
 from coverfast.downstream.network import Network
@@ -24,6 +24,7 @@ from coverfast.downstream.settings import FinetuneSettings
 from coverfast.downstream.tasks import Task
 from coverfast.downstream.validation import spread
 from coverfast.loader import ImageStream, to_device
+from coverfast.own_code import parsed
 from coverfast.philox import permutation
 from coverfast.shard_set import ShardSet
 from coverfast.training.assembly import crop_of
@@ -117,8 +118,7 @@ def pretrained(path: str, ndim: int, channels: int, *, own: str | None = None, a
     require(place.is_file(), f"init must be a backbone or a finished run, but {place} does not exist")
     if place.suffix == ".pt":
         restored = restore_method(place, own=own)  # checks its kind
-        found, about = restored.method.backbone, restored.preprocessing
-        assert isinstance(found, Backbone)
+        found, about = restored.backbone, restored.preprocessing
         tensors, left = found.core.state_dict(), ""
     else:
         tensors, metadata = read_backbone(place)
@@ -159,7 +159,7 @@ def with_backbone(s: FinetuneSettings, description: Mapping[str, Any]) -> Finetu
     args = spelled(description["args"])
     require(s.backbone in ("unet", name), f"backbone must be left to --init, which has {name}, got {s.backbone}")
     require(
-        not s.backbone_args or parsed(s.backbone_args) == description["args"],
+        not s.backbone_args or parsed(s.backbone_args, "backbone_args") == description["args"],
         f"backbone_args must be left to --init, which has {list(args)}, got {list(s.backbone_args)}",
     )
     found = replace(s, backbone=name, backbone_args=args)

@@ -22,8 +22,9 @@ from coverfast.backbones import Adapted, Backbone
 from coverfast.checks import InputError, require
 from coverfast.ingest.presets import PRESETS
 from coverfast.ingest.presets import preprocessing as preset_settings
+from coverfast.method_names import is_own
 from coverfast.report.metrics import last_figures
-from coverfast.training.settings import Settings
+from coverfast.training.settings import OF_COVER, Settings
 
 _WORD = re.compile(r"[A-Za-z0-9][\w.:+-]{0,99}", re.ASCII)
 #: Settings whose values are words, and the facts of a run that travel.
@@ -31,7 +32,7 @@ _WORDS = {*Settings.choices, "preset", "backbone", "method", "source", "checkpoi
 _ORIGIN = {"coverfast", "torch", "triton", "numpy", "h5py", "einops", "python", "commit", "data_sha256", "processes"}
 _ORIGIN |= {"device", "precision", "day", "started_from"}
 #: Figures of what was learned, not of how fast, and what is kept of each.
-_FIGURE = re.compile(r"val_.+|loss.*|epe.*|cos_.+|rank.*")
+_FIGURE = re.compile(r"val_.+|loss.*|epe.*|ncc.*|cos_.+|rank.*")
 _KEPT = ("last", "mean", "iteration")
 
 
@@ -64,6 +65,8 @@ class Facts:
         for name, value in found.items():
             kind = str if name == "weights_sha256" else dict
             require(isinstance(value, kind), f"{name} of {source} must be a {kind.__name__}, got {value!r:.60}")
+        if found["settings"].get("method", "cover") != "cover":  # of another method these say nothing
+            found["settings"] = {name: v for name, v in found["settings"].items() if name not in OF_COVER}
         facts = cls(
             _settings(found["settings"]),
             _preprocessing(found["preprocessing"]),
@@ -131,6 +134,8 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in values.items() if _WORD.fullmatch(name)}
     if isinstance(found := kept.get("backbone"), str) and kind_of(found) == "own":
         kept["backbone"] = "own"  # its description says more, and no place
+    if isinstance(found := kept.get("method"), str) and is_own(found):
+        kept["method"] = "own"
     if kept.get("backbone", "unet") != "unet":
         kept.pop("channels", None)  # those of a U-Net that is not there
     return {name: value for name, value in kept.items() if _plain(value) or (name in _WORDS and _is_word(value))}

@@ -136,11 +136,9 @@ def _checkpoint(path: Path, own: str | None, tell: Tell | None) -> Source:
     found = restore_method(path, own=own, tell=tell)
     for note in found.notes if tell else ():
         tell(note)  # type: ignore[misc]
-    backbone = found.method.backbone
-    assert isinstance(backbone, Backbone)
     if path.is_dir():
         path = path / "checkpoints" / f"iteration-{found.iteration:08d}.pt"
-    return Source(path, shareable(backbone), _travelling(as_plain(found.settings), path), found.preprocessing)
+    return Source(path, shareable(found.backbone), _travelling(as_plain(found.settings), path), found.preprocessing)
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -21,14 +21,19 @@ _SHOWN = (
     *("optimizer", "lr", "schedule", "warmup", "weight_decay", "clip", "ema", "seed"),
 )
 #: Patterns of the figures that are shown, in order.
-_FIGURES = ("val_epe_ratio", "val_(?!loss|mask).+", "epe_ratio", "loss.*", "rank.*", "cos_random", "cos_near")
+_FIGURES = ("val_epe_ratio", "val_(?!loss|mask).+", "epe_ratio", "ncc", "loss.*", "rank.*", "cos_random", "cos_near")
 _IMPORTED = "import-cover"
 _COVER = "vector contrastive learning (COVER, ICCV 2025)"
+_METHODS = {
+    "cover": _COVER,
+    "gvsl": "geometric visual similarity learning (GVSL, CVPR 2023)",
+    "own": "a method of its author's own",
+}
 
 _LIMITS = (
     "For research. It is no medical device, and nothing here says that it is of use in the care of patients.",
-    "The figures say how well displacements between two views of an image are found, not how well any task is done: "
-    "fine-tune it and evaluate that.",
+    "The figures say how well the task of pretraining is done, not how well any other one will be: fine-tune it and "
+    "evaluate that.",
     "Images of another kind, or made in another way, are not what it learned from.",
     "A network can keep traces of the images it learned from. Whoever shares it answers for the right to do so.",
 )
@@ -92,7 +97,8 @@ def _summary(backbone: Backbone, facts: Facts) -> str:
         )
     if not facts.settings:
         return f"{text}Saved by coverfast."
-    text += f"Pretrained without labels by {_COVER if _by_cover(facts) else facts.settings['method']}, with coverfast."
+    method = facts.settings.get("method", "cover")
+    text += f"Pretrained without labels by {_METHODS.get(method, method)}, with coverfast."
     if ratio := facts.figures.get("val_epe_ratio"):
         text += (
             f" End-point ratio on held-out images after {ratio['iteration']:,.0f} iterations: **{ratio['last']:.2f}**"

@@ -1,15 +1,23 @@
-"""Methods: a batch of images becomes a loss and figures. A method knows no files, no loop and no process group."""
+"""Methods: a batch of images becomes a loss and figures. A method knows no files, no loop and no process group.
+
+docs/methods.md tells how to write one.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from coverfast.checks import check_choice
+from coverfast.crops import CropRegions, crop_images
+from coverfast.ops.dispatch import IMPLEMENTATIONS
 
 
 @dataclass(frozen=True)
@@ -18,10 +26,11 @@ class Batch:
 
     Attributes:
         images: `(B, C, *S)` float32 in [0, 1], on the training device, what the method's `regions` ask for of each
-            image, zero-filled to a common size.
+            image, zero-filled to a common size. Where the method takes pairs, images 2i and 2i + 1 are the i-th one.
         sizes: `(B, n)` true sizes of the whole images in pixels, on the CPU.
         corner: `(B, n)` first pixel of the part in the whole image, on the CPU.
-        samples: `(B,)` position of each image in the global batch, on the CPU.
+        samples: `(B,)` position of each image in the global batch, on the CPU; those of the i-th pair of all are 2i
+            and 2i + 1.
         seed: key of everything random, with the iteration and the samples' positions.
         iteration: of the training, from 1; 0 for fixed held-out views.
         focus: `(B, n)` pixel of each whole image that its crop is centred on, as far as it fits, on the CPU; -1, or
@@ -49,6 +58,11 @@ class Batch:
         names = ("seed", "iteration", "samples", "sizes", "corner", "focus")
         return {name: getattr(self, name) for name in names}
 
+    def first(self, count: int) -> Batch:
+        """The first `count` images."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value[:count] for name, value in tensors.items()})  # type: ignore[arg-type]
+
     def parts(self, count: int) -> list[Batch]:
         """The batch in `count` parts of equal size, in order."""
         share = len(self) // count
@@ -72,6 +86,37 @@ class Outcome(NamedTuple):
     seen: Any
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a method shows of one sample, for `coverfast.report`; `S` is `(H, W)` or `(D, H, W)`, n its length.
+
+    Attributes:
+        images: by their titles, `(C, *S)` in [0, 1].
+        overlays: by their titles, two images `(C, *S)` to lay over one another: grey where they agree.
+        fields: by their titles, displacement fields `(n, *S)` in pixels.
+        text: a sentence on what the pictures say of the sample.
+        help: a sentence or two on how to look at them.
+    """
+
+    images: Mapping[str, Tensor]
+    overlays: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+    text: str = ""
+    help: str = ""
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, and then every part as it was: a look must not move running statistics."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 def _alone(values: Tensor) -> Tensor:
     return values
 
@@ -80,6 +125,7 @@ class Method(nn.Module, ABC):
     """What the training loop asks of a method.
 
     Attributes:
+        pairs: whether it learns from pairs of different images rather than from single ones.
         regions: which part of each image an iteration needs: from (seed, iteration, samples `(B,)`, sizes `(B, n)`,
             focus `(B, n)`) to first pixel and one past the last, `(B, n, 2)`. It goes to other processes and touches
             no device.
@@ -87,6 +133,7 @@ class Method(nn.Module, ABC):
             that is not a sum over pixels.
     """
 
+    pairs: ClassVar[bool] = False
     regions: Callable[[int, int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
     total: Callable[[Tensor], Tensor] = staticmethod(_alone)
 
@@ -118,6 +165,44 @@ class Method(nn.Module, ABC):
         """Named figures from what `monitor` gave, on the host."""
         return {}
 
+
+class Pretext(Method):
+    """A method of self-supervised pretraining: a task that makes a backbone learn from images alone.
+
+    Args:
+        backbone: the network that is kept when training is done, a `coverfast.backbones.Backbone`.
+        crop: size of what the network sees of an image, one int an axis.
+        pad: allow crops larger than an image, see `crop_images`.
+        impl: implementation of the ops, see `coverfast.mov`.
+    """
+
+    def __init__(self, backbone: nn.Module, *, crop: tuple[int, ...], pad: bool = False, impl: str = "auto") -> None:
+        super().__init__()
+        check_choice("impl", impl, IMPLEMENTATIONS)
+        self.backbone, self.crop, self.pad, self.impl = backbone, crop, pad, impl
+        self.regions = CropRegions(crop, self.pairs)
+
+    def crops(self, batch: Batch) -> Tensor:
+        """A random crop of each image, `(B, C, *crop)` float32, those of a pair at the same place; see `crop_images`.
+
+        What `regions` asks for, unless a method replaces it.
+        """
+        return crop_images(batch.images, self.crop, **batch.keys, pad=self.pad, pairs=self.pairs)
+
     def pictures(self, batch: Batch) -> Any:
-        """What there is to see of the first sample, for `coverfast.report`; None for nothing."""
+        """What there is to see of the first sample, or pair, of a batch: `Shown`; None for nothing."""
         return None
+
+    def work(self, batch: int) -> None:
+        """Run the convolutions and matrix products of a step on `batch` images or pairs, to have them counted.
+
+        It is called on a copy without values or memory (torch's "meta" device). As it is here, the backbone sees an
+        image, or both of a pair.
+        """
+        self.features_of(batch * (2 if self.pairs else 1))
+
+    def features_of(self, images: int) -> list[Tensor]:
+        """What the backbone makes of so many images of any values: for `work`."""
+        weight, channels = next(self.backbone.parameters()), getattr(self.backbone, "in_channels", 1)
+        features: list[Tensor] = self.backbone(weight.new_empty(images, channels, *self.crop))
+        return features

@@ -9,10 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from coverfast.checks import check_choice, per_axis
+from coverfast.checks import per_axis
 from coverfast.geometry import Size, downsample_dvf, inside_mask, upsample_dvf
-from coverfast.methods import Batch, Method, Outcome
-from coverfast.ops.dispatch import IMPLEMENTATIONS
+from coverfast.methods import Batch, Outcome, Pretext
 from coverfast.ops.losses import consistency_loss, field_errors
 from coverfast.pyramid import VectorPyramid
 from coverfast.view_draws import ViewRegions
@@ -32,7 +31,7 @@ class Matched(NamedTuple):
     features: list[Tensor]
 
 
-class Cover(Method):
+class Cover(Pretext):
     """Vector contrastive learning: recover the field between two views of each image (COVER Sec. 3).
 
     Args:
@@ -57,13 +56,11 @@ class Cover(Method):
         pad: bool = False,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
-        check_choice("impl", impl, IMPLEMENTATIONS)
-        self.backbone, self.pyramid = backbone, pyramid
-        self.crop, self.settings, self.pad, self.impl = crop, settings or ViewSettings(), pad, impl
+        super().__init__(backbone, crop=per_axis("crop", crop, pyramid.ndim), pad=pad, impl=impl)
+        self.pyramid, self.settings = pyramid, settings or ViewSettings()
         #: Doublings from the finest features to the image.
         self.doublings = int(getattr(backbone, "strides", (1,))[-1]).bit_length() - 1
-        self.regions = ViewRegions(per_axis("crop", crop, pyramid.ndim), self.settings)
+        self.regions = ViewRegions(self.crop, self.settings)
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Views:
@@ -155,6 +152,11 @@ class Cover(Method):
             "epe_ratio": ratio,
             "mask": sums["count"] / max(1.0, sums["pixels"]),
         }
+
+    def work(self, batch: int) -> None:
+        """See `Pretext`: the backbone on both views of each image, and the pyramid's projections."""
+        for project, level in zip(self.pyramid.projections, self.features_of(2 * batch), strict=True):
+            project.linear(level)  # type: ignore[operator]
 
     @torch.no_grad()
     def monitor(self, views: Views, seen: Any, iteration: int) -> dict[str, Tensor]:

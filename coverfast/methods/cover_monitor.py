@@ -16,24 +16,19 @@ from torch import Tensor
 
 from coverfast.dispersion import dispersion, effective_rank
 from coverfast.geometry import downsample_dvf, inside_mask
+from coverfast.methods.sampling import beside, some_pixels
 from coverfast.ops.losses import Mask, field_errors
 from coverfast.ops.warp import Field
 
 if TYPE_CHECKING:
     from coverfast.methods.cover import Cover, Matched
 
-#: Pixels looked at in the finest features; those that do not count are left out afterwards, about half.
-POINTS = 1024
 #: Pixels looked at in the coarsest features.
 COARSE_POINTS = 512
 
 #: An image that varies less than this around a pixel is featureless there: the largest standard deviation of the noise
 #: that the paper adds to view a, in which such variation drowns, and five grey levels of an 8-bit image.
 FLAT = 0.02
-
-# Fractions of 2^32 along each axis from one pixel to the next, the powers of 1 / g with g^(n + 1) = g + 1: their
-# multiples fill a box evenly, wherever one starts and stops (M. Roberts, 2018).
-_STEPS = {2: (0xC13FA9A9, 0x91E10DA5), 3: (0xD1B54A33, 0xABC98389, 0x8CB92BA7)}
 
 
 def look(method: Cover, matched: Matched, iteration: int) -> dict[str, Tensor]:
@@ -68,14 +63,14 @@ def look(method: Cover, matched: Matched, iteration: int) -> dict[str, Tensor]:
         truth, mask = method.truth(views)
         target, shown = truth, mask
     fine, coarse = (x[len(x) // 2 :].movedim(1, -1) for x in (features[-1], features[0]))
-    at = _points(iteration, POINTS, fine)
-    beside = _beside(at, fine.shape[1:-1])
+    at = some_pixels(iteration, fine)
+    next_to = beside(at, fine.shape[1:-1])
     found = {
         **beyond,
         "samples": fine[at].float(),
-        "neighbours": fine[beside].float(),
-        "counts": mask[:, 0][at] & mask[:, 0][beside],
-        "coarse": coarse[_points(iteration, COARSE_POINTS, coarse)].float(),
+        "neighbours": fine[next_to].float(),
+        "counts": mask[:, 0][at] & mask[:, 0][next_to],
+        "coarse": coarse[some_pixels(iteration, coarse, COARSE_POINTS)].float(),
     }
     errors = [_error_sums(levels[-1], target, shown, method.impl)]
     for field in reversed(levels[:-1]):
@@ -143,26 +138,3 @@ def _largest(x: Tensor, window: Sequence[int]) -> Tensor:
         line = [w if i == axis else 1 for i in range(len(window))]
         x = pool(x, line, 1, [i // 2 for i in line])
     return x
-
-
-def _points(iteration: int, count: int, rows: Tensor) -> tuple[Tensor, ...]:
-    """Indices of `count` pixels of `rows` `(B, *S, C)`, int64 `(count,)` an axis: equally many of each sample.
-
-    Made on the device, where a copy from the host would have to be waited for.
-    """
-    batch, *size = rows.shape[:-1]
-    k = torch.arange(count, device=rows.device)
-    steps = zip(size, _STEPS[len(size)], strict=True)
-    # The product wraps; its lower 32 bits are those of the fraction all the same.
-    return k * batch // count, *((((k + iteration * count) * step & 0xFFFFFFFF) * s >> 32) for s, step in steps)
-
-
-def _beside(at: tuple[Tensor, ...], size: Sequence[int]) -> tuple[Tensor, ...]:
-    """The next pixel along one axis, or at the end of it the one before; axes take turns, those of one pixel do not."""
-    wide = [axis for axis, s in enumerate(size) if s > 1]
-    turn = torch.arange(len(at[0]), device=at[0].device) % max(1, len(wide))
-    found = list(at)
-    for place, axis in enumerate(wide):
-        i = at[axis + 1]
-        found[axis + 1] = i + (turn == place) * (1 - 2 * (i + 1 == size[axis]))
-    return tuple(found)

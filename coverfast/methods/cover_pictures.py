@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from coverfast.geometry import upsample_dvf
-from coverfast.methods import Batch
+from coverfast.methods import Batch, evaluating
 from coverfast.ops.warp import resample, warp
 
 if TYPE_CHECKING:
@@ -30,9 +27,8 @@ def pictures(method: Cover, batch: Batch) -> dict[str, Any]:
     Tensors, or lists of one a level coarse to fine, float32 on the device of the images but for the integers.
     Only that sample passes through the network, in evaluation mode.
     """
-    kept = {name: getattr(batch, name)[:1] for name in ("images", "sizes", "corner", "samples")}
-    batch = replace(batch, **kept)
-    with _evaluating(method):
+    batch = batch.first(1)
+    with evaluating(method):
         views, levels, features = method.match(method.prepare(batch))
         centre, points = marked(views.x_b[0], views.mask[0, 0])
         weights = [w[0] for w in method.pyramid.weights(features, None, levels, points // 2**method.doublings)]
@@ -58,18 +54,6 @@ def pictures(method: Cover, batch: Batch) -> dict[str, Any]:
             "windows": list(windows),
             "dvf_found": full[-1][0],
         }
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, and then every part as it was: a look must not move running statistics."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def _to_size(field: Tensor, doublings: int) -> Tensor:

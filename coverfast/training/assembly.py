@@ -6,6 +6,8 @@ import torch
 
 from coverfast.backbones import Adapted, Backbone, choose
 from coverfast.checks import InputError, per_axis, require
+from coverfast.methods import Pretext
+from coverfast.methods.choosing import build
 from coverfast.methods.cover import Cover
 from coverfast.ops import dispatch
 from coverfast.pyramid import VectorPyramid
@@ -13,16 +15,23 @@ from coverfast.training.settings import Settings, TrainingSettings
 from coverfast.training.world import World
 
 
-def build_method(s: Settings, ndim: int, channels: int) -> Cover:
+def build_backbone(s: Settings, ndim: int, channels: int) -> Backbone:
+    """The backbone of a run on images of `ndim` axes and `channels`, on the CPU, its weights drawn anew."""
+    unet = s.unet_channels() if s.backbone == "unet" else ()
+    return choose(s.backbone, s.backbone_args, ndim=ndim, in_channels=channels, channels=unet)
+
+
+def build_method(s: Settings, ndim: int, channels: int) -> Pretext:
     """The method of a run on images of `ndim` axes and `channels`, on the CPU, its weights drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(s.seed)
-        unet = s.unet_channels() if s.backbone == "unet" else ()
-        backbone = choose(s.backbone, s.backbone_args, ndim=ndim, in_channels=channels, channels=unet)
+        backbone, crop = build_backbone(s, ndim, channels), crop_of(s, ndim)
+        if s.method != "cover":
+            return build(s.method, s.method_args, backbone, crop=crop, pad=s.pad, impl=s.impl)
         window = s.window[0] if len(s.window) == 1 else s.window
         groups = s.fitted(backbone.levels).groups
         pyramid = VectorPyramid(ndim, backbone.feature_channels, groups, s.head_dim, window, impl=s.impl)
-    return Cover(backbone, pyramid, crop=crop_of(s, ndim), settings=s.views(), pad=s.pad, impl=s.impl)
+    return Cover(backbone, pyramid, crop=crop, settings=s.views(), pad=s.pad, impl=s.impl)
 
 
 def crop_of(s: TrainingSettings, ndim: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 from coverfast.backbone_names import kind_of
 from coverfast.checks import InputError, require
 from coverfast.disk import explained
+from coverfast.method_names import is_own, without_folder
 from coverfast.training.settings import S, Settings, TrainingSettings, check_values, checked
 
 
@@ -79,7 +80,9 @@ def changed_settings(stored: Mapping[str, Any], settings: TrainingSettings) -> s
 
 def _another(name: str, old: Any, new: Any) -> bool:
     """Whether a setting was changed; the user's own code may have moved."""
-    if name == "backbone" and kind_of(old) == kind_of(new) == "own":
+    if (name == "backbone" and kind_of(old) == kind_of(new) == "own") or (
+        name == "method" and is_own(old) and is_own(new)
+    ):
         return False
     return old != new
 
@@ -96,6 +99,7 @@ _PLACES = ("data", "val", "run")
 def travelling(settings: TrainingSettings) -> dict[str, Any]:
     """The settings as JSON-able values for files that go to others: config.toml says where things lie."""
     found = {name: value for name, value in as_plain(settings).items() if name not in _PLACES}
+    found |= {"method": without_folder(found["method"])} if "method" in found else {}
     return found | {"init": "other weights" if settings.init else ""}
 
 

@@ -13,10 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from coverfast.checks import per_axis
-from coverfast.geometry import AffineDVF
-from coverfast.methods.cover import Cover
-from coverfast.views import Views
+from coverfast.methods import Pretext
 
 #: Rows of the matrices whose product is timed, large enough to fill a device.
 _ROWS = {"cpu": 1024, "cuda": 8192}
@@ -24,17 +21,15 @@ _ROWS = {"cpu": 1024, "cuda": 8192}
 _TIMED = 0.2
 
 
-def step_flops(method: Cover, batch: int) -> float:
-    """Floating point operations of a training step on `batch` images: three times the forward's convolutions.
+def step_flops(method: Pretext, batch: int) -> float:
+    """Floating point operations of a training step on `batch` images or pairs: three times the forward's `work`.
 
     Counted on tensors without values: no memory, no random numbers, weights untouched. Not of a method that is sharded,
     which cannot be copied.
     """
     network = _without_values(method)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        features = network.backbone(_views_without_values(network, batch).pair)
-        for project, level in zip(network.pyramid.projections, features, strict=True):
-            project.linear(level)
+        network.work(batch)
     return 3.0 * counter.get_total_flops()
 
 
@@ -73,18 +68,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _without_values(method: Cover) -> Any:
+def _without_values(method: Pretext) -> Pretext:
     """A copy that takes no memory."""
     blank: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in method.parameters()}
     blank |= {id(b): torch.empty_like(b, device="meta") for b in method.buffers()}
     return copy.deepcopy(method, blank)
-
-
-def _views_without_values(method: Any, batch: int) -> Views:
-    ndim, channels = method.pyramid.ndim, getattr(method.backbone, "in_channels", 1)
-    size = per_axis("crop", method.crop, ndim)
-    numbers = torch.empty(batch, ndim, ndim + 3, device="meta")
-    return Views(torch.empty(2 * batch, channels, *size, device="meta"), AffineDVF.of(numbers, size), "inside")
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, count: int) -> float:

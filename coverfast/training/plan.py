@@ -17,6 +17,7 @@ from coverfast.backbones.choosing import spelled
 from coverfast.backbones.files import described
 from coverfast.checks import require
 from coverfast.geometry import level_size
+from coverfast.methods.cover import Cover
 from coverfast.pyramid import VectorPyramid
 from coverfast.shard_set import ShardSet
 from coverfast.training.assembly import backbone_notes, build_method, check_batch, choose_device, crop_of
@@ -32,7 +33,8 @@ from coverfast.view_draws import expected_mask
 def plan(flags: Mapping[str, Any], config: str | Path | None = None, world: World | None = None) -> Pretraining:
     """A new run from command-line flags over a TOML file over a preset; everything that can be refused is, first."""
     ready = new_run(Settings, _assemble, flags, config, world)
-    _warn_of_little_overlap(ready)
+    if ready.settings.method == "cover":
+        _warn_of_little_overlap(ready)
     return ready
 
 
@@ -61,7 +63,7 @@ def _assemble(s: Settings, shards: ShardSet, notes: list[str], world: World, new
     check_batch(s, world)
     crop, val = crop_of(s, shards.ndim), validation_set(s, shards)
     if s.backbone == "unet":
-        level_size(crop, len(s.groups))
+        level_size(crop, (len(s.unet_channels()) + 1) // 2)
     check_shards(s, shards, val, crop)
     if val is not None:
         check_fits(val, crop, pad=s.pad)
@@ -69,16 +71,18 @@ def _assemble(s: Settings, shards: ShardSet, notes: list[str], world: World, new
     if s.threads:
         torch.set_num_threads(s.threads)
     method = build_method(s, shards.ndim, shards.channels)
-    backbone = method.backbone
+    if method.pairs:
+        val = _pairs(s, shards, val, notes)
+    backbone, pyramid = method.backbone, method.pyramid if isinstance(method, Cover) else None
     assert isinstance(backbone, Backbone)
     if s.backbone != "unet":
         backbone.check_size("crop", crop)
         backbone.check_maps(crop)
-        s = s.fitted(backbone.levels)
+        s = s.fitted(backbone.levels) if pyramid else s
         notes += backbone_notes(backbone, s, world)
     started_from = {}
     if s.init and new:
-        loaded = warm_start(backbone, method.pyramid, s)
+        loaded = warm_start(backbone, pyramid, s)
         notes += loaded
         digest = hashlib.sha256(backbone_file(s.init).read_bytes()).hexdigest()
         started_from = {"init_sha256": digest, "init_report": "; ".join(loaded)}
@@ -86,13 +90,24 @@ def _assemble(s: Settings, shards: ShardSet, notes: list[str], world: World, new
     return Pretraining(s, None, shards, val, engine, 1, notes, world, started_from=started_from)
 
 
+def _pairs(s: Settings, shards: ShardSet, val: ShardSet | None, notes: list[str]) -> ShardSet | None:
+    """The held-out samples for a method that takes pairs; refuses shards of which there can be none."""
+    needs = f"must have at least 2 samples for the pairs of {s.method}"
+    require(len(shards) > 1, f"data {needs}, got {len(shards)} (split {s.split})")
+    if val is None or len(val) > 1:
+        return val
+    require(not s.val, f"val {needs}, got {len(val)}")
+    notes.append("nothing is held out: the val split has a single sample, of which there are no pairs")
+    return None
+
+
 def _named(description: Mapping[str, Any]) -> str:
     args = spelled(description.get("args") or {})
     return title(description) + (f" with {', '.join(args)}" if args else "")
 
 
-def warm_start(backbone: Backbone, pyramid: VectorPyramid, s: Settings) -> list[str]:
-    """Start from the weights of `s.init`, the pyramid's too where the file has them; what was loaded, for people."""
+def warm_start(backbone: Backbone, pyramid: VectorPyramid | None, s: Settings) -> list[str]:
+    """Start from the weights of `s.init`, the pyramid's too where there are such; what was loaded, for people."""
     path = backbone_file(s.init)
     state, metadata = read_backbone(path)
     with described(path):
@@ -115,7 +130,9 @@ def warm_start(backbone: Backbone, pyramid: VectorPyramid, s: Settings) -> list[
     adapt = backbone.in_channels if s.adapt_input else 0
     report = load_state(backbone.core, state, s.init, strict=not s.partial, adapt=adapt)
     notes = [f"backbone from {s.init}: {report.every if s.partial else report}"]
-    if "pyramid" in metadata:
+    if "pyramid" in metadata and pyramid is None:
+        notes.append(f"the pyramid of {s.init} is left out: the method {s.method} has none")
+    elif pyramid is not None and "pyramid" in metadata:
         other = load_pyramid(path, tell=None)
         if (other.groups, other.head_dim, other.channels) == (pyramid.groups, pyramid.head_dim, pyramid.channels):
             notes.append(f"pyramid from {s.init}: {load_state(pyramid, other.state_dict(), s.init)}")

@@ -12,8 +12,7 @@ from coverfast.backbones import Backbone, load_state
 from coverfast.backbones.files import backbone_bytes
 from coverfast.checks import InputError
 from coverfast.disk import write_atomically
-from coverfast.methods import Batch
-from coverfast.methods.cover import Cover
+from coverfast.methods import Batch, Pretext
 from coverfast.training.assembly import build_method
 from coverfast.training.config import travelling
 from coverfast.training.data import held_out
@@ -30,7 +29,7 @@ _VALIDATION_KEY = 0x5A17
 
 @dataclass
 class Pretraining(Training):
-    """A pretraining run that is ready to start or to go on; `plan` or `resume` make one."""
+    """A pretraining run, of whatever method, that is ready to start or to go on; `plan` or `resume` make one."""
 
     settings: Settings
     started_from: dict[str, str] = field(default_factory=dict)
@@ -40,13 +39,13 @@ class Pretraining(Training):
         return self.started_from
 
     @property
-    def method(self) -> Cover:
+    def method(self) -> Pretext:
         """What is trained."""
         found = self.engine.method
-        assert isinstance(found, Cover)
+        assert isinstance(found, Pretext)
         return found
 
-    def _blank(self) -> Cover:
+    def _blank(self) -> Pretext:
         return build_method(self.settings, self.shards.ndim, self.shards.channels)
 
     def _flops(self) -> float:
@@ -56,7 +55,7 @@ class Pretraining(Training):
         """See `Training`."""
         return [
             (run.backbone, "the trained backbone, coverfast.load_backbone() reads it"),
-            (run.report / "index.html", "views, fields, features, similarities and curves, to look at"),
+            (run.report / "index.html", "pictures and curves, to look at"),
         ]
 
     def _held_out(self, limit: int, *, shared: bool = False) -> Iterator[Batch]:
@@ -95,17 +94,18 @@ class Pretraining(Training):
         method = self._whole()
         if method is None:
             return
-        assert isinstance(method, Cover)
+        assert isinstance(method, Pretext)
         method.eval()
         try:
-            from coverfast.report import Pictures, load_metrics, write_report
+            from coverfast.report import load_metrics, on_host, write_report
             from coverfast.report.sheet import need_matplotlib
 
             need_matplotlib()
             with torch.no_grad(), self.engine.autocast():
-                seen = Pictures.of(method.pictures(next(self._held_out(1))))
+                seen = on_host(method.pictures(next(self._held_out(1))))
             about = {
                 "run": self.run.folder,
+                "method": self.settings.method,
                 "preset": self.settings.preset,
                 "iteration": f"{iteration} of {self.settings.iterations}",
                 "shown": f"{(self.val or self.shards).source(0)}, " + ("held out" if self.val else "learned from"),

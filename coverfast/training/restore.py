@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from coverfast.backbones import load_state
+from coverfast.backbones import Backbone, load_state
 from coverfast.backbones.files import Tell
 from coverfast.checks import require
-from coverfast.methods.cover import Cover
-from coverfast.training.assembly import build_method
+from coverfast.methods import Pretext
+from coverfast.training.assembly import build_backbone, build_method
 from coverfast.training.checkpoints import read_checkpoint
 from coverfast.training.runs import Run
 from coverfast.training.settings import Settings, resolve
@@ -23,7 +23,8 @@ class Restored:
     """What a checkpoint holds.
 
     Attributes:
-        method: in evaluation mode; the moving average of the weights where the run keeps one.
+        backbone: in evaluation mode; the moving average of the weights where the run keeps one.
+        method: what trained it; None for code of the user's that was not named.
         settings: of the run.
         preprocessing: how the images it learned from were made, as shards say it.
         iteration: after which it was written.
@@ -31,7 +32,8 @@ class Restored:
         notes: sentences on damaged checkpoints that were passed over.
     """
 
-    method: Cover
+    backbone: Backbone
+    method: Pretext | None
     settings: Settings
     preprocessing: dict[str, Any]
     iteration: int
@@ -40,12 +42,17 @@ class Restored:
 
 
 def restore_method(
-    path: str | Path, device: torch.device | str = "cpu", *, own: str | None = None, tell: Tell | None = None
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    own: str | None = None,
+    own_method: str | None = None,
+    tell: Tell | None = None,
 ) -> Restored:
     """The method of a checkpoint, or of the newest sound checkpoint of a run folder.
 
-    own: the code that makes the backbone where that is one of the user's. tell: takes one line, which tensors were
-    matched.
+    own, own_method: the code that makes the backbone, or is the method, where that is the user's. tell: takes one line,
+    which tensors were matched.
 
     Raises:
         InputError: when there is none, or it is damaged.
@@ -66,13 +73,26 @@ def restore_method(
     if settings.own:
         require(own is not None, f"{path} is of a network of your own ({settings.own}): say --backbone {settings.own}")
         settings = replace(settings, backbone=str(own))
-    method = build_method(settings, int(data["ndim"]), int(data["channels"]))
-    report = load_state(method, weights_of(state), str(path))
+    weights, ndim, channels = weights_of(state), int(data["ndim"]), int(data["channels"])
+    method = None
+    if settings.own_method and own_method is None:  # nothing is imported that a file names
+        with torch.random.fork_rng(devices=[]):
+            backbone = build_backbone(settings, ndim, channels)
+        prefix = "backbone."
+        weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        report = load_state(backbone, weights, str(path))
+    else:
+        settings = replace(settings, method=own_method) if own_method and settings.own_method else settings
+        method = build_method(settings, ndim, channels).to(device).eval()
+        report = load_state(method, weights, str(path))
+        assert isinstance(method.backbone, Backbone)
+        backbone = method.backbone
     if tell:
         tell(f"{path}: {report}")
     metrics = path.parent.parent / "metrics.jsonl"
     return Restored(
-        method.to(device).eval(),
+        backbone.to(device).eval(),
+        method,
         settings,
         dict(data["preprocessing"]),
         int(state["iteration"]),

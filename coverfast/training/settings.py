@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, TypeVar, overload
 
 from coverfast.backbone_names import kind_of
 from coverfast.checks import InputError, check_choice, require
+from coverfast.method_names import KNOWN, is_own
 from coverfast.ops.dispatch import IMPLEMENTATIONS
 from coverfast.samples import ON_BAD_SAMPLE, SPLITS
 from coverfast.view_settings import ViewSettings
@@ -128,6 +129,13 @@ class TrainingSettings:
         """Values that a preset has where others are `given`."""
         return {}
 
+    @classmethod
+    def preset_for(cls, name: str, ndim: int, *, small: bool, method: str) -> str:
+        """The preset of a name, or of none, for images of `ndim` axes; one whose name lacks these gets them."""
+        if not name:
+            return f"{'small' if small else 'paper'}-{ndim}d"
+        return f"{name}-{ndim}d" if f"{name}-{ndim}d" in cls.presets else name
+
     @property
     def smaller(self) -> str:
         """What else saves memory, for people."""
@@ -193,6 +201,12 @@ SMALL: dict[str, Any] = {
 }
 
 
+_SMALL_2D = {"batch": 4, "crop": (128,), "channels": (16, 32, 64, 128, 256), **SMALL}
+_SMALL_3D = {"batch": 1, "crop": (64,), "channels": (8, 16, 32, 64, 128), **SMALL}
+#: Settings that the method cover alone looks at.
+OF_COVER = (*(f.name for f in fields(ViewSettings)), "groups", "head_dim", "window")
+
+
 @dataclass(frozen=True)
 class Settings(TrainingSettings):
     """Settings of `coverfast pretrain`."""
@@ -202,24 +216,50 @@ class Settings(TrainingSettings):
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper-2d": {},
         "paper-3d": {"batch": 2, "crop": (128,), "window": (5,)},
-        "small-2d": {"iterations": 300, "batch": 4, "crop": (128,), "channels": (16, 32, 64, 128, 256), **SMALL},
-        "small-3d": {
-            "iterations": 100,
-            "batch": 1,
-            "crop": (64,),
-            "channels": (8, 16, 32, 64, 128),
-            "window": (5,),
-            **SMALL,
-        },
+        "small-2d": {"iterations": 300, **_SMALL_2D},
+        "small-3d": {"iterations": 100, **_SMALL_3D, "window": (5,)},
+        "gvsl-2d": {"method": "gvsl"},
+        "gvsl-3d": {"method": "gvsl", "batch": 2, "crop": (128,)},
+        "small-gvsl-2d": {"method": "gvsl", "iterations": 300, **_SMALL_2D},
+        "small-gvsl-3d": {"method": "gvsl", "iterations": 100, **_SMALL_3D},
     }
 
+    preset: str = setting(
+        "paper-2d",
+        "paper, small or, of GVSL, gvsl, small-gvsl, with -2d or -3d or without; default: by shard and device",
+    )
+    method: str = setting("cover", KNOWN)
+    method_args: Strs = setting((), "argument of a method other than cover, KEY=VALUE; may be repeated")
     groups: Ints = setting((4, 4, 4, 1, 1), "groups of each pyramid level, coarse to fine", least=1)
     head_dim: int = setting(8, "channels of a group", least=1)
     window: Ints = setting((7,), "odd matching window: one int, one per axis or one per level", least=1)
 
+    @classmethod
+    def preset_for(cls, name: str, ndim: int, *, small: bool, method: str) -> str:
+        """See `TrainingSettings`."""
+        usual = super().preset_for(name, ndim, small=small, method=method)
+        if not name and method == "gvsl":
+            return f"small-gvsl-{ndim}d" if small else f"gvsl-{ndim}d"
+        return usual
+
+    @property
+    def own_method(self) -> str | None:
+        """The user's code that is the method, if that is what it is."""
+        return self.method if is_own(self.method) else None
+
     def check(self) -> None:
         """See `TrainingSettings.check`."""
         super().check()
+        require(not is_own(self.method) or ":" in self.method, f"method must be {KNOWN}, got {self.method!r}")
+        if self.method == "cover":
+            require(not self.method_args, f"method_args are for other methods than cover, got {self.method_args}")
+        else:
+            usual = preset_settings(self.preset)
+            for name in OF_COVER:
+                require(
+                    getattr(self, name) == getattr(usual, name),
+                    f"{name} is a setting of the method cover, but the method is {self.method}; leave it out",
+                )
         if self.backbone == "unet":
             self.unet_channels()
 
@@ -239,6 +279,9 @@ class Settings(TrainingSettings):
         levels = len(self.groups)
         if len(self.channels) == levels:
             return mirrored(self.channels)
+        if self.method != "cover":  # no groups to tell how many levels there are
+            whole = len(self.channels) % 2 == 1 and self.channels == self.channels[::-1]
+            return self.channels if whole else mirrored(self.channels)
         require(
             len(self.channels) == 2 * levels - 1,
             f"channels must be {levels} (encoder) or {2 * levels - 1} ints (encoder and decoder) for the {levels} "

@@ -48,10 +48,12 @@ def new_run(
     check_choice("split", given.get("split", "train"), (*SPLITS, "all"))
     shards = ShardSet(places["data"], given.get("split", "train"))
     notes = []
-    if not preset:
-        size = "paper" if choose_device(str(given.get("device", "auto"))).type == "cuda" else "small"
-        preset = f"{size}-{shards.ndim}d"
-        notes.append(f"preset {preset}, for a {shards.ndim}D shard on a {'GPU' if size == 'paper' else 'CPU'}")
+    small = choose_device(str(given.get("device", "auto"))).type != "cuda"
+    found = kind.preset_for(preset or "", shards.ndim, small=small, method=str(given.get("method", "")))
+    if found != preset:
+        on = "" if preset else f" on a {'CPU' if small else 'GPU'}"
+        notes.append(f"preset {found}, for a {shards.ndim}D shard{on}")
+    preset = found
     settings = resolve(preset, kind.fitting(preset, given), from_file, flags, places, kind=kind)
     ready = assemble(settings.pinned(), shards, notes, world, True)
     ready.notes += overlaps(ready.shards, ready.val)
@@ -109,8 +111,9 @@ def _differences(old: TrainingSettings, ready: Training) -> list[str]:
     versions = ("coverfast", "torch", "triton", "numpy", "python", "commit")
     names = (*versions, "threads", "device", "processes", "precision", "layout")
     found = [(name, origin.get(name), now[name]) for name in names if now[name] != origin.get(name)]
-    code = origin.get("code_sha256"), code_sha256(ready.settings.backbone)
-    found += [("the code of the backbone", *code)] if code[0] not in (None, code[1]) else []
+    for name, fact in (("backbone", "code_sha256"), ("method", "method_code_sha256")):
+        before, after = origin.get(fact), code_sha256(getattr(ready.settings, name, ""))
+        found += [(f"the code of the {name}", before, after)] if before not in (None, after) else []
     for name in ("compile", "cuda_graphs", "accumulate", "recompute", "deterministic", "fsdp"):
         before, after = getattr(old, name), getattr(ready.settings, name)
         found += [(name, before, after)] if before != after else []
@@ -125,8 +128,9 @@ def _absolute(given: Mapping[str, Any]) -> dict[str, Any]:
             places[name] = [str(Path(p).absolute()) for p in ([paths] if isinstance(paths, str) else paths)]
     if given.get("init"):
         places["init"] = str(Path(given["init"]).absolute())
-    if backbone := given.get("backbone"):
-        places["backbone"] = absolute_code(str(backbone))
+    for name in ("backbone", "method"):
+        if code := given.get(name):
+            places[name] = absolute_code(str(code))
     return places
 
 

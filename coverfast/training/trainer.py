@@ -140,8 +140,9 @@ class Training(ABC):
         facts = {"device": str(e.device), "processes": self.world.size}
         facts |= {"precision": e.choices.precision, "layout": e.choices.layout}
         facts |= {"kind": s.kind, **self.facts()}
-        if code := code_sha256(s.backbone):
-            facts["code_sha256"] = code
+        for name, code in (("code_sha256", s.backbone), ("method_code_sha256", getattr(s, "method", ""))):
+            if digest := code_sha256(code):
+                facts[name] = digest
         if self.world.writes:
             now = provenance(self.shards.content_hash) | facts
             if self.run is None:
@@ -231,6 +232,7 @@ class Training(ABC):
             rank=world.rank,
             world=world.size,
             labels=self.labelled,
+            pairs=self.engine.method.pairs,
         )
 
     def _batch(self, iteration: int) -> Batch:
