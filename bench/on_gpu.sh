@@ -26,7 +26,7 @@ choices=(--against coverfast --against "coverfast contiguous" --against "coverfa
 for stage in "$@"; do
     case $stage in
     check)
-        step python3 -m pytest tests/kernels tests/test_loader.py tests/test_engine.py tests/test_monitor.py tests/test_finetune.py -q -p no:cacheprovider > >(tee "$out/tests.txt") 2>&1
+        step python3 -m pytest tests/kernels tests/test_loader.py tests/test_engine.py tests/test_monitor.py tests/test_finetune.py tests/test_distortions.py -q -p no:cacheprovider > >(tee "$out/tests.txt") 2>&1
         step coverfast bench agree --save "$device/agree.json"
         step coverfast bench static --target sm_90 --save "$out/compiler/static.json"
         ;;
@@ -45,6 +45,7 @@ for stage in "$@"; do
             measure "mov-width-$channels" mov --batch 2 --sizes 128,128,128 --channels "$channels" --repeats 10 \
                 --against "coverfast triton" --against "eager A"
         done
+        measure ncc-128 ncc --batch 2 --sizes 128,128,128 --repeats 20 # windows of 9, in float32
         step coverfast bench launches --save "$device/launches.json"
         ;;
     tune)
@@ -61,10 +62,11 @@ for stage in "$@"; do
 from coverfast.ingest.phantoms import build_phantoms
 build_phantoms('$shards/2d.h5', 2, (512, 512), seed=1, indices=range(24))
 build_phantoms('$shards/3d.h5', 3, (160, 160, 128), seed=1, indices=range(4))"
-        for n in 2d 3d; do
-            step coverfast pretrain --preset "paper-$n" --data "$shards/$n.h5" --iterations 300 --run "$shards/run-$n"
-            cp "$shards/run-$n/metrics.jsonl" "$out/train-paper-$n.jsonl"
-            cp -r "$shards/run-$n/report" "$out/train-paper-$n-report" 2>/dev/null
+        for name in paper-2d paper-3d gvsl-3d; do
+            run=$shards/run-$name
+            step coverfast pretrain --preset "$name" --data "$shards/${name#*-}.h5" --iterations 300 --run "$run"
+            cp "$run/metrics.jsonl" "$out/train-$name.jsonl"
+            cp -r "$run/report" "$out/train-$name-report" 2>/dev/null
         done
         rm -r "$shards"
         measure data data --workers 8

@@ -7,7 +7,7 @@ time of kernels, on a CPU that of operators and of the Python between them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,15 +15,20 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-#: Names of the ranges. Convolutions and what stands between them are the backbone's.
-PARTS = ("data", "views", "backbone", "pyramid", "losses", "optimiser")
+#: By method the parts of its forward and the modules that these are; the rest of the forward is its losses.
+MODULES: dict[str, dict[str, tuple[str, ...]]] = {
+    "cover": {"backbone": ("backbone",), "pyramid": ("pyramid",)},
+    "gvsl": {"backbone": ("backbone",), "heads": ("matching", "restoration")},
+}
+#: By method the names of the ranges. Convolutions of a part and what stands between them are its own.
+PARTS = {method: ("data", "views", *modules, "losses", "optimiser") for method, modules in MODULES.items()}
 OTHER = "other"
 
 _BACKWARD = "autograd::engine::evaluate_function: "
 
 
-def milliseconds(step: Callable[[], object], device: str, steps: int) -> dict[str, float]:
-    """Of one step, part by part, `OTHER` included; a mean over some steps."""
+def milliseconds(step: Callable[[], object], device: str, steps: int, method: str = "cover") -> dict[str, float]:
+    """Of one step of a method, part by part, `OTHER` included; a mean over some steps."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks of its own stages
     gpu = device == "cuda"
     step()  # what a first call sets up is no part of a step
@@ -37,13 +42,14 @@ def milliseconds(step: Callable[[], object], device: str, steps: int) -> dict[st
     # Those of the GPU are counted with the operators that launched them.
     roots = [e for e in events if e.cpu_parent is None and e.device_type.name == "CPU"]
     owners: _Owners = {}
-    for event, part in (pair for root in roots for pair in _within(root, OTHER)):
+    names = PARTS[method]
+    for event, part in (pair for root in roots for pair in _within(root, OTHER, names)):
         if event.sequence_nr >= 0:
             key, ran = (event.thread, event.sequence_nr), (event.time_range.start, part)
             # Operators without a gradient carry the number of the next one that has one.
             owners[key] = max(owners.get(key, ran), ran)
-    spent = dict.fromkeys((*PARTS, OTHER), 0.0)
-    for event, part in (pair for root in roots for pair in _within(root, OTHER, owners)):
+    spent = dict.fromkeys((*names, OTHER), 0.0)
+    for event, part in (pair for root in roots for pair in _within(root, OTHER, names, owners)):
         spent[part] += _kernels(event) if gpu else event.self_cpu_time_total
     if gpu:  # whatever no operator has launched
         ran = sum(
@@ -62,29 +68,30 @@ def _kernels(event: Any) -> float:
 _Owners = dict[tuple[int, int], tuple[float, str]]
 
 
-def _within(event: Any, part: str, owners: _Owners | None = None) -> Iterator[tuple[Any, str]]:
+def _within(event: Any, part: str, names: Sequence[str], owners: _Owners | None = None) -> Iterator[tuple[Any, str]]:
     """An event and all those inside, each with the part that it belongs to; without `owners` no backward."""
     if event.name.startswith(_BACKWARD):
         if owners is None:
             return
         part = owners.get((event.fwd_thread, event.sequence_nr), (0.0, part))[1]
-    elif event.name in PARTS:
+    elif event.name in names:
         part = event.name
     yield event, part
     for child in event.cpu_children:
-        yield from _within(child, part, owners)
+        yield from _within(child, part, names, owners)
 
 
 @contextmanager
-def marked(method: Any) -> Iterator[None]:
-    """Ranges around the parts of a method's forward that is not compiled: what is not backbone or pyramid is losses."""
-    modules: dict[str, nn.Module] = {"losses": method, "backbone": method.backbone, "pyramid": method.pyramid}
-    for name, module in modules.items():
-        module.forward = _ranged(name, module.forward)
+def marked(method: nn.Module, name: str = "cover") -> Iterator[None]:
+    """Ranges around the parts of the forward of a method of that name which is not compiled, see `MODULES`."""
+    modules = [("losses", method)]
+    modules += [(part, method.get_submodule(path)) for part, paths in MODULES[name].items() for path in paths]
+    for part, module in modules:
+        module.forward = _ranged(part, module.forward)
     try:
         yield
     finally:
-        for module in modules.values():
+        for _, module in modules:
             del module.forward  # that of the class again
 
 

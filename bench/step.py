@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,14 +20,18 @@ from coverfast.bench.correctness import difference
 from coverfast.bench.harness import TOLERANCE
 from coverfast.bench.measure import high_water_mark, process_growth, reason, timed
 from coverfast.bench.published_step import Seen
-from coverfast.bench.step_variants import PLAIN, PUBLISHED, Problem, Runner, set_up
+from coverfast.bench.step_variants import PLAIN, PUBLISHED, Problem, Runner, levels_of, set_up
 from coverfast.checks import require
 from coverfast.kernels import INTERPRETED
 from coverfast.loader import to_device
+from coverfast.methods import Pretext
+from coverfast.methods.cover import Cover
+from coverfast.methods.gvsl import Pair
 from coverfast.training.assembly import build_method
 from coverfast.training.data import batches
 from coverfast.training.estimate import matrix_rate, step_flops
 from coverfast.training.settings import Settings, preset_ndim
+from coverfast.views import Views
 
 #: Steps that are timed as one on a GPU, so that the host may run ahead as it does in training.
 _IN_A_ROW = 4
@@ -43,8 +48,10 @@ class Result:
     """One variant of one preset. None: not measured, and `note` says why.
 
     Attributes:
+        batch: images, or pairs where the method takes these.
         errors: of loss and gradients: "small", see `Checks`, and of ours "first step", what is timed from `PLAIN`.
         spread_ms: between the quartiles.
+        images_per_s: pairs where the method takes these.
         peak_mb: at the peak, with weights, gradients and the optimiser's moments; on a CPU the process's growth.
         flops: of a step's convolutions. rate: FLOP/s of a product of large matrices in the same precision. mfu: the
             share of that rate which the step reaches.
@@ -172,10 +179,9 @@ def _give_back(device: torch.device) -> None:
 def _parts(problem: Problem, variant: str, device: torch.device) -> dict[str, float]:
     """Of ours without compilation, which leaves no ranges."""
     runner = set_up(problem, variant if variant in PUBLISHED else f"{variant} eager", device)
-    if runner.engine is None:
-        return parts.milliseconds(runner.step, device.type, _PROFILED[device.type])
-    with parts.marked(runner.engine.method):
-        return parts.milliseconds(runner.step, device.type, _PROFILED[device.type])
+    method = problem.settings.method
+    with parts.marked(runner.engine.method, method) if runner.engine else nullcontext():
+        return parts.milliseconds(runner.step, device.type, _PROFILED[device.type], method)
 
 
 def peak(s: Settings, variant: str, device_name: str) -> float:
@@ -191,7 +197,7 @@ def peak(s: Settings, variant: str, device_name: str) -> float:
         # What CUDA graphs hold counts as reserved alone.
         return max(torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved()) / 1e6
     # What a first call loads is not the step's memory.
-    set_up(Problem(replace(small(s), crop=(2 ** (len(s.groups) - 1),), batch=1)), variant, device).step()
+    set_up(Problem(replace(small(s), crop=(2 ** (levels_of(s) - 1),), batch=1)), variant, device).step()
     problem, before = Problem(s), high_water_mark()
     _repeated(set_up(problem, variant, device).step, 2)()
     return high_water_mark() - before
@@ -202,27 +208,38 @@ def peak(s: Settings, variant: str, device_name: str) -> float:
 
 def small(s: Settings) -> Settings:
     """The same objective, quick to compute by its definition: few channels and a small crop, no cube."""
-    side = 2 ** (len(s.groups) - 1)
+    levels = levels_of(s)
+    side = 2 ** (levels - 1)
     crop = (side, side, 2 * side) if preset_ndim(s.preset) == 3 else (2 * side, 3 * side)
-    return replace(s, channels=tuple(8 * min(2**i, 4) for i in range(len(s.groups))), crop=crop, batch=2)
+    return replace(s, channels=tuple(8 * min(2**i, 4) for i in range(levels)), crop=crop, batch=2)
 
 
 class Checks:
     """Loss and gradients of all weights by the definition in float64, on small views without noise and boxes.
 
-    What is random but for the draws differs between ours and the baselines, and is left out.
+    What is random but for the draws differs between ours and the baselines, and is left out. Layers that start at zero
+    start as others do: there were no gradients to what lies before them.
     """
 
     def __init__(self, s: Settings, device: torch.device) -> None:
         self.settings, self.device = replace(small(s), noise=0.0, boxes=0), device
         self.problem = Problem(self.settings)
-        self.exact = build_method(replace(self.settings, impl="reference"), self.problem.ndim, 1)
-        self.exact.to(device, torch.float64)
+        self.exact = self.method(replace(self.settings, impl="reference"))
         loaded = to_device(self.problem.loaded(self.exact, 1), device)
         self.views = self.exact.prepare(next(batches([loaded], self.settings.seed, print)))
-        target: Any = self.views.target
-        self.truth = replace(self.views, pair=self.views.pair.double(), target=target.to(torch.float64))
+        self.truth = exactly(self.views)
         self.expected = gradients(self.exact, self.exact(self.truth).loss)
+
+    def method(self, s: Settings) -> Pretext:
+        """A method on the device in float64."""
+        method = build_method(s, self.problem.ndim, 1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            for layer in method.modules():
+                weight, reset = getattr(layer, "weight", None), getattr(layer, "reset_parameters", None)
+                if isinstance(weight, Tensor) and callable(reset) and not weight.any():
+                    reset()
+        return method.to(self.device, torch.float64)
 
     def error(self, variant: str) -> float:
         """Largest difference over the largest value, in float64; infinite where a baseline makes other views.
@@ -230,8 +247,10 @@ class Checks:
         Not in float32: a rounding that moves a coordinate over the face of a cell changes slopes.
         """
         if variant not in PUBLISHED:
-            method = build_method(self.settings, self.problem.ndim, 1).to(self.device, torch.float64)
+            method = self.method(self.settings)
             return furthest(gradients(method, method(self.truth).loss), self.expected)
+        assert isinstance(self.exact, Cover)
+        assert isinstance(self.truth, Views)
         truth = Seen(self.truth.x_a, self.truth.x_b, self.truth.dvf, self.truth.mask.double())
         if not furthest(self.problem.published_views(self.exact, 1, self.device)(), truth) <= _VIEWS:
             return float("inf")
@@ -239,6 +258,13 @@ class Checks:
         network = published_step.Network(self.exact, self.settings.unet_channels(), matching)
         vec, con = network.to(self.device, torch.float64)(truth)
         return furthest(gradients(network, vec + con), self.expected)
+
+
+def exactly(prepared: Views | Pair) -> Views | Pair:
+    """What a method has prepared, in float64."""
+    if isinstance(prepared, Pair):
+        return Pair(*(x.double() for x in prepared))
+    return replace(prepared, pair=prepared.pair.double(), target=prepared.target.to(torch.float64))
 
 
 def gradients(module: nn.Module, loss: Tensor) -> list[Tensor]:
@@ -253,7 +279,7 @@ def furthest(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def figures(problem: Problem, runner: Runner, device: torch.device) -> list[Tensor]:
-    """Losses and the gradient's norm of a first step of ours, at full size."""
+    """What the method tells of its losses, and the gradient's norm, of a first step of ours at full size."""
     engine = runner.engine
     assert engine is not None
     loaded = to_device(problem.loaded(engine.method, 1), device)
@@ -261,4 +287,5 @@ def figures(problem: Problem, runner: Runner, device: torch.device) -> list[Tens
     values = dict(zip(engine.names, row.tolist(), strict=True))
     norm = values.pop("grad_norm")
     found = engine.method.figures(values)
-    return [torch.tensor(x) for x in (found["loss_vec"], found["loss_con"], norm)]
+    losses = [value for name, value in found.items() if name.startswith("loss")]
+    return [torch.tensor(x) for x in (*losses, norm)]

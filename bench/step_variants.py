@@ -53,14 +53,30 @@ DEFAULT = (OURS, PLAIN, "published A", "published B")
 _BATCHES = 4
 
 
-def check_variant(name: str) -> None:
-    """Refuse a name that is none."""
+def check_variant(name: str, settings: Sequence[Settings] = ()) -> None:
+    """Refuse a name that is none, or one of published code where there are settings of another method than cover."""
     first, *words = name.split() or [""]
     if name not in PUBLISHED and (first != OURS or any(word not in WORDS for word in words)):
         raise InputError(
             f"against must be one of {', '.join(PUBLISHED)}, or {OURS} and any of the words {', '.join(WORDS)}, got "
             f"{name!r}"
         )
+    others = [s for s in settings if s.method != "cover" and name in PUBLISHED]
+    if others:
+        raise InputError(
+            f"against must be {OURS} with or without words for {others[0].preset}, since the published code is that of "
+            f"the method cover, got {name!r}"
+        )
+
+
+def default_variants(s: Settings) -> tuple[str, ...]:
+    """Those that are measured where nobody asks for others."""
+    return tuple(name for name in DEFAULT if name not in PUBLISHED or s.method == "cover")
+
+
+def levels_of(s: Settings) -> int:
+    """Levels of the U-Net."""
+    return len(s.unet_channels()) // 2 + 1
 
 
 def problems(
@@ -90,7 +106,7 @@ def problems(
         found += [resolve(preset, layer) for layer in layers]
     require(not unused, f"sizes must be crops for one of {', '.join(presets)}, got {unused[:1]}")
     for s in found:
-        level_size(crop_of(s, preset_ndim(s.preset)), len(s.groups))
+        level_size(crop_of(s, preset_ndim(s.preset)), levels_of(s))
     return found
 
 
@@ -134,10 +150,10 @@ class Problem:
         return np.full(len(self), -1, np.int64)
 
     def loaded(self, method: Method, iteration: int) -> Images:
-        """What the loader gives: the parts of the images that the method asks for."""
+        """What the loader gives: the parts of the images, or pairs, that the method asks for."""
         data: Any = self
-        stream = ImageStream(data, batch=self.settings.batch, seed=self.settings.seed, regions=method.regions)
-        return stream.load(iteration)
+        of: dict[str, Any] = {"regions": method.regions, "pairs": method.pairs}
+        return ImageStream(data, batch=self.settings.batch, seed=self.settings.seed, **of).load(iteration)
 
     def published_views(self, method: Method, iteration: int, device: torch.device) -> Callable[[], Seen]:
         """What makes views of the same images as published code does."""
@@ -160,6 +176,7 @@ def set_up(problem: Problem, variant: str, device: torch.device) -> Runner:
     """A variant ready to step."""
     method = build_method(problem.settings, problem.ndim, 1)
     if variant in PUBLISHED:
+        assert isinstance(method, Cover)
         return _published(problem, method, variant, device)
     engine = Engine(method, settings_of(problem.settings, variant), device)
     engine.method.train()

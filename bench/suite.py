@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from coverfast.bench.operators import CASES
 from coverfast.bench.problems import preset_levels
 from coverfast.bench.step_variants import PUBLISHED
 from coverfast.bench.vpa import pairs
+from coverfast.training.settings import preset_ndim, preset_settings
 
 
 def _against(*names: str) -> tuple[str, ...]:
@@ -26,7 +28,7 @@ def _against(*names: str) -> tuple[str, ...]:
 _SMALL = ("--preset", "small-2d", "--preset", "small-3d")
 _PAPER = ("--preset", "paper-3d", "--preset", "paper-2d")
 _STEP = ("--repeats", "3", *_against("coverfast", "published A"))
-_OTHERS = ("warp", "compose", "losses", "views", "norm")
+_OTHERS = ("warp", "compose", "fuse", "losses", "ncc", "views", "norm")
 _COMPILED = ("eager A", "compiled A")
 
 #: By device: the name of the file, then the benchmark and its options. On a GPU the sizes are the paper's, but for what
@@ -36,6 +38,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "mov": ("mov", *_SMALL, "--sizes", "64,64,64", "--repeats", "9"),
         "vpa": ("vpa", "--repeats", "3"),
         "step": ("step", *_SMALL, "--repeats", "3", "--profile"),
+        "step-gvsl": ("step", "--preset", "small-gvsl-2d", "--repeats", "2", "--profile", *_against("coverfast")),
         "head": ("head", *_SMALL),
         **{op: (op, *_SMALL) for op in _OTHERS},
         "mov-windows": ("mov", "--sizes", "192,192", "--window", "3,5,7,9,11", "--repeats", "15"),
@@ -52,6 +55,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "step-3d": ("step", "--preset", "paper-3d", "--profile", *_STEP),
         "head": ("head", *_PAPER, "--repeats", "5", *_against("coverfast auto", "eager A")),
         "step-2d": ("step", "--preset", "paper-2d", *_STEP),
+        "step-gvsl": ("step", "--preset", "gvsl-3d", "--repeats", "3", "--profile", *_against("coverfast")),
         **{op: (op, *_PAPER, "--repeats", "5") for op in _OTHERS},
         "data": ("data", "--repeats", "1"),
         "static": ("static", "--target", "sm_90"),
@@ -61,9 +65,17 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
 }
-_GRIDS = ("mov", "warp", "compose", "norm", "losses", "views", "head", "vpa", "step")
+_GRIDS = ("mov", "warp", "compose", "fuse", "norm", "losses", "ncc", "views", "head", "vpa", "step")
 #: The dtypes of those that do not come in all.
-_DTYPES = {"compose": ("float32", "float64"), "views": ("float32",), "step": ("float32", "bfloat16"), "data": ()}
+_EXACT = ("float32", "float64")
+_DTYPES = {
+    "compose": _EXACT,
+    "fuse": _EXACT,
+    "ncc": _EXACT,
+    "views": ("float32",),
+    "step": ("float32", "bfloat16"),
+    "data": (),
+}
 
 
 @dataclass(frozen=True)
@@ -88,15 +100,20 @@ def commands(
     Args:
         device: "cpu" or "cuda".
         dtype: of all that can be measured in it.
-        sizes: grids instead of the presets' and those above, for all that have grids.
+        sizes: grids instead of the presets' and those above, for all that have grids. Steps of another method than
+            cover keep their preset, and are left out where no grid has its axes.
         against: variants, each for the benchmarks that know it; without a name that it knows a benchmark has its own.
     """
     found = {}
     for name, (op, *options) in STAGES[device].items():
         if sizes and op in _GRIDS:
-            options = _without(options, "--preset", "--sizes")
-            options += [word for size in sizes for word in ("--sizes", ",".join(map(str, size)))]
-        known = [variant for variant in against if variant in variants(op)]
+            preset = _not_of_cover(options)
+            fitting = [size for size in sizes if preset is None or len(size) == preset_ndim(preset)]
+            if not fitting:
+                continue
+            options = _without(options, "--sizes", *([] if preset else ["--preset"]))
+            options += [word for size in fitting for word in ("--sizes", ",".join(map(str, size)))]
+        known = [variant for variant in against if variant in variants(op, options)]
         if known:
             options = [*_without(options, "--against"), *_against(*known)]
         if dtype is not None and dtype in _DTYPES.get(op, (dtype,)):
@@ -107,15 +124,21 @@ def commands(
     return found
 
 
-def variants(op: str) -> set[str]:
-    """Those that a benchmark can be told to measure."""
+def variants(op: str, options: Sequence[str] = ()) -> set[str]:
+    """Those that a benchmark with such options can be told to measure."""
     if op == "step":
-        return {"coverfast", *PUBLISHED}
+        return {"coverfast", *(() if _not_of_cover(options) else PUBLISHED)}
     if op == "vpa":
         cases = pairs((16, 16), "contiguous", [(3, 1)])[0]
     else:
         cases = CASES[op](preset_levels("small-2d"), "contiguous") if op in CASES else []
     return {name for case in cases for name in case.variants}
+
+
+def _not_of_cover(options: Sequence[str]) -> str | None:
+    """The preset of another method than cover among options, if there is one."""
+    presets = [value for name, value in pairwise(options) if name == "--preset"]
+    return next((preset for preset in presets if preset_settings(preset).method != "cover"), None)
 
 
 def _without(options: Sequence[str], *names: str) -> list[str]:

@@ -29,7 +29,7 @@ def step(
     against: Annotated[
         list[str], typer.Option(help='variants, repeats: "published A", "coverfast eager bfloat16"; see above')
     ] = [],  # noqa: B006
-    batch: Annotated[int | None, typer.Option(min=1, help="images a step; default the preset's")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="images or pairs a step; default the preset's")] = None,
     device: Device = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16, of ours where its name has none; default the preset's")
@@ -43,27 +43,28 @@ def step(
     Any of the words after `coverfast` change how ours is done: eager, compiled, graphs, float32, bfloat16, contiguous,
     channels_last, recompute. Published code is in float32 and may have its views `ready`: "published A, views ready".
     The first variant is what the others are compared with. A crop of two axes is for the 2D presets, one of three for
-    those in 3D, a single int for both.
+    those in 3D, a single int for both. Published code is that of COVER: a preset of another method is measured in ours
+    alone, and pairs count as images.
     """
     import torch
 
     from coverfast.bench.provenance import write_results
     from coverfast.bench.step import measure
-    from coverfast.bench.step_variants import DEFAULT, OURS, check_variant, problems
+    from coverfast.bench.step_variants import OURS, check_variant, default_variants, problems
     from coverfast.cli.progress import working
 
     device = device_named(device)
-    for name in against:
-        check_variant(name)
     small = "paper" if device == "cuda" else "small"
     presets = preset or [f"{small}-2d", f"{small}-3d"]
     settings = problems(presets, sizes, batch=batch, precision=dtype, only_fitting=not preset)
+    for name in against:
+        check_variant(name, settings)
     results: list[Result] = []
     groups: list[list[Result]] = []
     with working("preparing") as tell:
         for s in settings:
             of: dict[str, Any] = {"profile": profile, "tell": tell}
-            groups.append(measure(s, against or DEFAULT, torch.device(device), repeats, **of))
+            groups.append(measure(s, against or default_variants(s), torch.device(device), repeats, **of))
             results += groups[-1]
             if save is not None:  # as they come: a long comparison may be cut off
                 write_results(save, "step", [asdict(r) for r in results], device)

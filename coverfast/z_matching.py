@@ -11,6 +11,7 @@ from coverfast.affine import ROTATION, SCALING, SHEAR, TRANSLATION, bounded, com
 from coverfast.backbones.unet import DoubleConv
 from coverfast.geometry import affine_dvf, axis_coordinates, upsample_dvf
 from coverfast.ops.fuse import fuse_affine
+from coverfast.ops.mov import accumulation_dtype
 from coverfast.ops.warp import warp
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -52,7 +53,7 @@ class AffineHead(nn.Module):
     def forward(self, a: Tensor, b: Tensor, size: torch.Size) -> Tensor:
         """`theta` of a map on images of `size` from features `(B, C, *S_0)` of A and B, see `Matched`."""
         with torch.autocast(a.device.type, enabled=False):
-            of_a, of_b = (_moments(x.float()) for x in (a, b))
+            of_a, of_b = (_moments(x.to(accumulation_dtype(x))) for x in (a, b))
             # Difference and sum say what both say side by side. What the images share is large and tells little of how
             # they differ: unscaled, every step of Adam along it would shake the map.
             seen = torch.cat([of_a - of_b, 0.1 * (of_a + of_b)], 1)
@@ -99,7 +100,7 @@ class DeformableHead(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """`(B, n, *S)` float32 in pixels of the features' grid."""
         field: Tensor = self.field(self.groups(torch.cat([a, b], 1)))
-        return field.float()
+        return field.to(accumulation_dtype(field))
 
 
 class ZMatching(nn.Module):

@@ -15,9 +15,21 @@ from typer.testing import CliRunner
 
 from coverfast.bench import parts, published_step, step
 from coverfast.bench.step import Checks, Result, figures, furthest, measure
-from coverfast.bench.step_variants import PLAIN, Problem, check_variant, problems, set_up, settings_of
+from coverfast.bench.step_variants import (
+    PLAIN,
+    Problem,
+    check_variant,
+    default_variants,
+    problems,
+    set_up,
+    settings_of,
+)
 from coverfast.checks import InputError
 from coverfast.cli.main import app
+from coverfast.methods import gvsl
+from coverfast.ops.ncc import ncc_loss
+from coverfast.training.assembly import build_method
+from coverfast.training.estimate import step_flops
 from coverfast.training.settings import Settings, preset_settings
 
 CPU = torch.device("cpu")
@@ -25,8 +37,9 @@ CPU = torch.device("cpu")
 
 def few_levels(preset: str, **changes: object) -> Settings:
     """Settings of a network that is over in milliseconds."""
-    s = replace(preset_settings(preset), groups=(4, 2, 1), channels=(8, 16, 24), window=(3,), batch=2, compile=False)
-    return replace(s, crop=(16, 24, 20)[: int(preset[-2])], **changes)
+    s = replace(preset_settings(preset), channels=(8, 16, 24), batch=2, compile=False)
+    s = replace(s, crop=(16, 24, 20)[: int(preset[-2])])
+    return replace(s, **({"groups": (4, 2, 1), "window": (3,)} if s.method == "cover" else {}), **changes)
 
 
 @pytest.fixture
@@ -53,12 +66,23 @@ def test_first_steps_lose_the_same(preset):
     """On the same stored images and draws; noise is another."""
     problem = Problem(few_levels(preset, noise=0.0, boxes=0))
     loop = set_up(problem, "published A", CPU).step
-    vec, con, norm = figures(problem, set_up(problem, PLAIN, CPU), CPU)
+    both_losses, vec, con, norm = figures(problem, set_up(problem, PLAIN, CPU), CPU)
     loss, *both = loop()
     assert both == pytest.approx([float(vec), float(con)], rel=1e-4)
     assert loss == pytest.approx(float(vec + con), rel=1e-4)
+    assert both_losses == pytest.approx(float(vec + con))
     assert norm > 0
     assert loop()[0] != pytest.approx(loss, rel=1e-3)  # another batch, other views, other weights
+
+
+def test_first_steps_of_another_method_are_compared_in_all_its_losses():
+    problem = Problem(few_levels("small-gvsl-2d"))
+    plain, low = (figures(problem, set_up(problem, f"{PLAIN}{more}", CPU), CPU) for more in ("", " bfloat16"))
+    names = {name: i for i, name in enumerate(("loss", "loss_ncc", "loss_smooth", "loss_restore", "grad_norm"))}
+    assert len(plain) == len(low) == len(names)
+    assert plain[names["loss"]] == pytest.approx(float(sum(plain[1:4])))
+    assert plain[names["loss_smooth"]] == 0  # the heads start at no displacement
+    assert 0 < furthest(low, plain) < 0.1
 
 
 def test_the_noise_of_the_baseline_is_as_strong():
@@ -85,6 +109,26 @@ def test_boxes_of_the_baseline_are_ours():
     assert float((filled != by_us).float().mean()) < 1e-3  # a filling may come out as it was
 
 
+@pytest.mark.parametrize("preset", ["small-gvsl-2d", "small-gvsl-3d"])
+def test_another_method_is_held_to_its_definition(preset):
+    """Also the gradients of what starts at zero, and of all that lies before it."""
+    checks = Checks(few_levels(preset), CPU)
+    assert checks.error("coverfast") <= 1e-11
+    assert len(checks.expected) == 1 + len(list(checks.exact.parameters()))
+    assert all(float(gradient.abs().max()) > 0 for gradient in checks.expected)
+    field = checks.exact.match(checks.truth).matched.dvf.detach()
+    assert 0.1 < float(field.abs().mean()) < 10
+
+
+def test_pairs_are_of_different_images():
+    problem = Problem(few_levels("small-gvsl-2d"))
+    method = set_up(problem, PLAIN, CPU).engine.method
+    first, second = (problem.loaded(method, i) for i in (1, 2))
+    assert len(first.images) == 4
+    assert (first.indices[::2] != first.indices[1::2]).all()
+    assert not torch.equal(first.images, second.images)
+
+
 # --- what is wrong is not timed --------------------------------------------------------------------------------------
 
 
@@ -96,6 +140,20 @@ def test_what_is_wrong_is_not_timed(no_processes, monkeypatch):
     assert not good.note
     assert bad.note == "wrong: not timed"
     assert bad.errors["small"] > 1e-6
+    assert bad.step_ms is bad.peak_mb is bad.mfu is None
+
+
+def test_a_wrong_gradient_of_another_method_is_not_timed(no_processes, monkeypatch):
+    """Of ours alone; the value is right."""
+
+    def steeper(x, y, *args, impl, **options):
+        slope = 1.0 if impl == "reference" else 1.001
+        return ncc_loss(x, y.detach() + slope * (y - y.detach()), *args, impl=impl, **options)
+
+    monkeypatch.setattr(gvsl, "ncc_loss", steeper)
+    (bad,) = measure(few_levels("small-gvsl-2d"), ["coverfast"], CPU, 1)
+    assert bad.note == "wrong: not timed"
+    assert 1e-6 < bad.errors["small"] < 1e-2
     assert bad.step_ms is bad.peak_mb is bad.mfu is None
 
 
@@ -149,10 +207,24 @@ def test_figures_and_parts_of_a_step(no_processes):
         assert r.mfu == pytest.approx(r.flops / r.step_ms * 1e3 / r.rate)
         assert 0 < r.mfu < 1
         share = {name: ms / sum(r.parts_ms.values()) for name, ms in r.parts_ms.items()}
-        assert list(share) == [*parts.PARTS, parts.OTHER]
+        assert list(share) == [*parts.PARTS["cover"], parts.OTHER]
         assert share[parts.OTHER] < 0.1, share
         assert all(share[name] > 0 for name in ("views", "backbone", "pyramid", "losses", "optimiser")), share
         assert (share["data"] > 0) == (r.variant == "coverfast")  # the baseline scales its images with its views
+
+
+def test_figures_and_parts_of_another_method(no_processes):
+    s = few_levels("small-gvsl-2d", crop=(32, 48))
+    (r,) = measure(s, ["coverfast"], CPU, 1, profile=True)
+    assert (r.note, r.batch, r.crop, list(r.errors)) == ("", 2, (32, 48), ["small", "first step"])
+    assert r.images_per_s == pytest.approx(2e3 / r.step_ms)
+    assert 0 < r.mfu < 1
+    share = {name: ms / sum(r.parts_ms.values()) for name, ms in r.parts_ms.items()}
+    assert list(share) == ["data", "views", "backbone", "heads", "losses", "optimiser", "other"]
+    assert share["other"] < 0.5, share  # a step of milliseconds: what else the machine does may fall between
+    assert all(ms > 0 for ms in share.values()), share
+    of_cover = step_flops(build_method(few_levels("small-2d", crop=(32, 48)), 2, 1), 2)
+    assert r.flops > of_cover  # the same backbone on as many images, and larger heads
 
 
 def test_backward_counts_with_its_forward():
@@ -178,10 +250,15 @@ def test_backward_counts_with_its_forward():
     assert found["data"] == found["views"] == 0
 
 
-def test_marks_leave_no_trace():
-    method = set_up(Problem(few_levels("small-2d")), "coverfast eager", CPU).engine.method
-    with parts.marked(method):
-        assert "forward" in vars(method.backbone)
+@pytest.mark.parametrize(
+    ("preset", "marked"),
+    [("small-2d", {"", "backbone", "pyramid"}), ("small-gvsl-2d", {"", "backbone", "matching", "restoration"})],
+)
+def test_marks_leave_no_trace(preset, marked):
+    s = few_levels(preset)
+    method = set_up(Problem(s), "coverfast eager", CPU).engine.method
+    with parts.marked(method, s.method):
+        assert {name for name, module in method.named_modules() if "forward" in vars(module)} == marked
     assert all("forward" not in vars(module) for module in method.modules())
 
 
@@ -199,6 +276,16 @@ def test_words_change_settings():
     for name in ("", "published C", "coverfast fast", "eager", "coverfast  views ready"):
         with pytest.raises(InputError, match="against must be one of published A"):
             check_variant(name)
+
+
+def test_published_code_is_that_of_cover():
+    small = preset_settings("small-gvsl-2d")
+    assert default_variants(small) == ("coverfast", PLAIN)
+    assert set(default_variants(preset_settings("small-2d"))) > {"published A", "published B"}
+    check_variant("coverfast eager", [small])
+    check_variant("published A", [preset_settings("small-2d")])
+    with refused("against", "small-gvsl-2d", "cover", "published A"):
+        check_variant("published A", [preset_settings("small-2d"), small])
 
 
 def test_presets_and_crops_are_paired():
@@ -242,7 +329,7 @@ def test_images_are_stored_integers_larger_than_the_crop():
 
 
 def test_command_prints_and_saves(no_processes, monkeypatch, tmp_path):
-    monkeypatch.setattr(parts, "milliseconds", lambda *_: dict.fromkeys((*parts.PARTS, parts.OTHER), 3.0))
+    monkeypatch.setattr(parts, "milliseconds", lambda *_: dict.fromkeys((*parts.PARTS["cover"], parts.OTHER), 3.0))
     file = tmp_path / "step.json"
     command = "bench step --preset small-2d --sizes 16 --sizes 16,32 --batch 1 --repeats 1 --device cpu --profile"
     command += " --dtype bfloat16 --against coverfast"
@@ -268,6 +355,7 @@ def test_command_prints_and_saves(no_processes, monkeypatch, tmp_path):
     ("arguments", "words"),
     [
         (["--against", "published C"], ("against", "published A", "eager")),
+        (["--preset", "small-gvsl-3d", "--against", "published A"], ("against", "small-gvsl-3d", "published A")),
         (["--preset", "large-4d"], ("preset", "paper-2d")),
         (["--preset", "small-2d", "--sizes", "40"], ("divisible by 16", "40")),
         (["--preset", "small-2d", "--sizes", "16,16,16"], ("sizes", "2 axes", "small-2d", "(16, 16, 16)")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,8 @@ def test_stages_are_commands_with_options_that_they_take(device, asked):
         if asked and op in ("mov", "vpa"):
             assert found["dtype"] == "float32"
         if not asked and op in ("mov", "step", "head") and device == "cuda":
-            assert "paper" in str(found.get("preset")) or "128" in str(found["sizes"]) or "384" in str(found["sizes"])
+            at = f"{found.get('preset')} {found['sizes']}"
+            assert any(word in at for word in ("paper", "'gvsl-3d'", "128", "384"))
 
 
 def test_variants_go_where_they_are_known():
@@ -55,6 +57,17 @@ def test_variants_go_where_they_are_known():
     assert {words[0] for words in with_names.values()} == {"step", "warp", "mov"}
     assert "compiled A" in with_names["mov-compiled"]  # its own names
     assert with_names["step"][-4:] == ["--against", "published A", "--device", "cpu"]
+
+
+def test_steps_of_another_method_keep_to_what_they_know():
+    """Grids of its axes, and no published code, which is that of cover."""
+    grids = [(64, 64), (32, 32, 32)]
+    for device, preset, grid in (("cpu", "small-gvsl-2d", "64,64"), ("cuda", "gvsl-3d", "32,32,32")):
+        words = commands(device, sizes=grids, against=["published A"])["step-gvsl"]
+        assert words[:3] == ["step", "--preset", preset]
+        assert [b for a, b in pairwise(words) if a == "--sizes"] == [grid]
+        assert "published A" not in words
+    assert "step-gvsl" not in commands("cpu", sizes=[(32, 32, 32)])
 
 
 def stand_in(monkeypatch, tmp_path: Path, code: str) -> None:

@@ -15,6 +15,7 @@ from coverfast.backbones.unet import conv_group
 from coverfast.checks import require
 from coverfast.distortions import DistortionSettings, distort
 from coverfast.methods import Batch, Outcome, Pretext, Shown, evaluating
+from coverfast.ops.mov import accumulation_dtype
 from coverfast.ops.ncc import ncc_loss
 from coverfast.ops.warp import warp
 from coverfast.regularity import jacobian_determinant, smoothness
@@ -117,7 +118,8 @@ class GVSL(Pretext):
         features = self.backbone(pair.seen)
         coarse, fine = features[0].chunk(2), features[-1].chunk(2)
         matched = self.matching(*coarse, *fine)
-        restored = self.restoration(fine[0]).float()
+        restored = self.restoration(fine[0])
+        restored = restored.to(accumulation_dtype(restored))
         if self.doublings:
             mode = _LINEAR[restored.ndim - 2]
             restored = F.interpolate(restored, size=pair.fixed.shape[2:], mode=mode, align_corners=False)
