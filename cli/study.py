@@ -40,10 +40,10 @@ Config = Annotated[
 @app.command()
 @with_settings(TransferSettings)
 def transfer(flags: dict[str, Any], out: Out = None, config: Config = None) -> None:
-    """Pretrain once, then train with few labels from scratch and from the backbone, fine-tuned and linear.
+    """Pretrain, with one method or several alike, then train with few labels from scratch and from each backbone.
 
-    Evaluates on test images that nothing else has seen and writes a table, a plot and an example. A study that was
-    stopped goes on with the same --out.
+    All are fine-tuned and linearly evaluated, on test images that nothing else has seen; writes a table, plots and an
+    example. A study that was stopped goes on with the same --out.
     """
     from coverfast.cli.tables import print_table
     from coverfast.study.statistics import METHOD

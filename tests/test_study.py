@@ -11,6 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from study_runs import (
+    PROBE,
+    SHORT,
+    TABLES,
+    TINY,
+    Reached,
+    go,
+    settings,
+    short_of_training,
+    without_pictures,
+)
 from training_runs import Command, cli, refused
 
 from coverfast import InputError
@@ -25,34 +36,14 @@ from coverfast.shards import Sample, ShardWriter
 from coverfast.study.data import gather
 from coverfast.study.folder import Study
 from coverfast.study.progress import Moment, Watch, Work
-from coverfast.study.retest import retest
-from coverfast.study.retest import works as retest_works
 from coverfast.study.runs import Scores
-from coverfast.study.settings import RetestSettings, StudySettings, TransferSettings
+from coverfast.study.settings import RetestSettings, TransferSettings
 from coverfast.study.tables import markdown, transfer_rows
-from coverfast.study.transfer import Trial, compare, convergence, transfer, trials
+from coverfast.study.transfer import Trial, compare, convergence, trials
 from coverfast.study.transfer import works as transfer_works
 from coverfast.training.checkpoints import Checkpoints
 from coverfast.training.pretrain import Pretraining
 
-TINY = {"images": 3, "validation": 1, "test": 3, "size": 64, "crop": 32, "preset": "small-2d"}
-SHORT = {**TINY, "cases": [2], "seeds": 1, "pretrain_iterations": 4, "iterations": 4, "probe_iterations": 4}
-TABLES = """
-[pretrain]
-channels = [8, 8, 8, 8, 8]
-groups = [1, 1, 1, 1, 1]
-window = 3
-threads = 1
-batch = 2
-checkpoint_every = 2
-tensorboard = false
-[finetune]
-threads = 1
-batch = 2
-val_every = 2
-checkpoint_every = 2
-"""
-PROBE = "[probe]\nthreads = 1\nbatch = 2\nval_every = 2\ncheckpoint_every = 2\n"
 #: Pictures of every run take longer than a tiny run.
 QUIET = """
 from coverfast.downstream.finetuning import Finetuning
@@ -62,8 +53,7 @@ Finetuning._draw = lambda self, iteration: None
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in (Finetuning, Pretraining):
-        monkeypatch.setattr(kind, "_draw", lambda self, iteration: None)
+    without_pictures(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +62,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"{name} = {json.dumps(value)}" for name, value in SHORT.items()]
     path.write_text("\n".join(lines) + TABLES + PROBE)
     return path
-
-
-def settings(kind: type[StudySettings], **flags: Any) -> Any:
-    return Study.open(kind, Path("nowhere"), {**TINY, **flags}).settings
-
-
-def go(kind: type[StudySettings], out: Path, config: Path | None = None, **flags: Any) -> dict[str, Any]:
-    """A study from start to end, in this process."""
-    study = Study.open(kind, out, flags, config)
-    works, library = (transfer_works, transfer) if kind is TransferSettings else (retest_works, retest)
-    return library(study, Watch(works(study), note=lambda text: None))
 
 
 @pytest.fixture
@@ -180,6 +159,9 @@ def test_time_left_follows_the_pace_of_each_kind() -> None:
         ({"cases": [0]}, "cases must be at least 1"),
         ({"test": 1}, "test must be at least 2, got 1"),
         ({"checkpoint": "none.safetensors"}, "checkpoint must be a backbone.safetensors or a run that has one"),
+        ({"checkpoint": "none.safetensors", "methods": "cover"}, "methods must be left out with a checkpoint, which"),
+        ({"methods": ["cover", "gvsl", "cover"]}, "methods must be of different names, got cover, gvsl, cover"),
+        ({"methods": ["a/net.py:Mine", "b/net.py:mine"]}, "methods must be of different names, got net-Mine, net-mine"),
         ({"data": "none.h5"}, "must be a shard, found no such file"),
         ({"epochs": 3}, "there is no setting 'epochs'"),
         ({"images": "many"}, "images must be an int, got 'many'"),
@@ -197,6 +179,14 @@ def test_bad_settings_are_refused(flags: dict[str, Any], words: str, tmp_path: P
         ("[pretraining]\nlr = 1e-3", "must have settings of this study and the tables pretrain, finetune, probe"),
         ("[finetune]\nseed = 1", "seed of the table finetune of .* must be left to the study"),
         ("[probe]\nchannels = [8, 8, 8, 8, 8]", "channels of the table probe of .* must be left to the study"),
+        ("[pretrain]\nmethod = 'gvsl'", "method of the table pretrain of .* must be left to the study"),
+        ("[pretrain.cover]\nchannels = [8, 8, 8, 8, 8]", "channels of the table pretrain.cover of .* must be left to"),
+        ("[pretrain.cover]\nbatch = 2", r"batch of the table pretrain.cover of .* must be left to \[pretrain\]"),
+        (
+            "[pretrain.gvsl]\nlr = 1.0",
+            r"the table \[pretrain.gvsl\] must be of a method of this study, .* cover",
+        ),
+        ("[finetune.cover]\nlr = 1.0", "there is no setting 'cover'"),
         ("[pretrain]\nlearning_rate = 1.0", "there is no setting 'learning_rate'"),
         ("[finetune]\nlr = -1.0", "lr must be at least"),
         ("seeds = 'x'", "seeds must be an int"),
@@ -349,8 +339,7 @@ def test_checkpoint_for_other_images_is_refused(labelled: Path, tmp_path: Path) 
 def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("study") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        for kind in (Finetuning, Pretraining):
-            patch.setattr(kind, "_draw", lambda self, iteration: None)
+        without_pictures(patch)
         patch.setattr("coverfast.downstream.evaluation.score_case", None)  # distances take long, and nothing shows them
         go(TransferSettings, out, config)
     return out
@@ -409,19 +398,12 @@ def test_arms_of_a_seed_differ_in_nothing_but_where_the_weights_come_from(undist
         assert changed(trained(init, "fine-tuned"), trained(init, "linear")) == {"train_modules", "lr"}
 
 
-class Reached(Exception):
-    """Of a test: pretraining would start now."""
-
-
 @pytest.fixture
-def short_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(*more: object, **options: object) -> None:
-        raise Reached
-
-    monkeypatch.setattr(Pretraining, "start", start)
+def _short_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    short_of_training(monkeypatch)
 
 
-@pytest.mark.usefixtures("short_of_training")
+@pytest.mark.usefixtures("_short_of_training")
 @pytest.mark.parametrize("table", ["finetune", "probe"])
 def test_trials_that_cannot_work_are_refused_before_pretraining(config: Path, tmp_path: Path, table: str) -> None:
     (tmp_path / "c.toml").write_text(config.read_text().replace(f"[{table}]", f"[{table}]\nclass_weights = [1, 2]"))
@@ -430,7 +412,7 @@ def test_trials_that_cannot_work_are_refused_before_pretraining(config: Path, tm
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("short_of_training")
+@pytest.mark.usefixtures("_short_of_training")
 def test_trials_are_rehearsed_once_and_cheaply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from coverfast.downstream import plan as library
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,8 @@ Array = NDArray[Any]
 #: Inches: 1320 pixels.
 _WIDE = 12.0
 _GRID = "#e6e6e6"
-_INITS = {"scratch": CONSISTENCY, "pretrained": VECTOR}
+#: Of scratch and of what is pretrained; by hue or by lightness, any two differ for the colour-blind too.
+_COLOURS = (CONSISTENCY, VECTOR, "#3f1f69", "#e0a500", "#6b0f2e")
 _MODES: dict[str, dict[str, Any]] = {
     "fine-tuned": {"linestyle": "-", "marker": "o"},
     "linear": {"linestyle": (0, (4, 2)), "marker": "s", "markerfacecolor": "white"},
@@ -32,7 +34,7 @@ _MODES: dict[str, dict[str, Any]] = {
 
 
 class Arm(NamedTuple):
-    """Scores of a way to train: init "scratch" or "pretrained", mode "fine-tuned" or "linear", labelled cases."""
+    """Scores of a way to train: init "scratch", "pretrained" or a method; mode "fine-tuned" or "linear"."""
 
     init: str
     mode: str
@@ -41,8 +43,10 @@ class Arm(NamedTuple):
 
 
 class Gain(NamedTuple):
-    """What pretraining changes: pretrained minus scratch, paired. apart: whether the two intervals are."""
+    """What pretraining changes: one init minus another, paired. apart: whether the intervals of the two are."""
 
+    init: str
+    minus: str
     mode: str
     cases: int
     dsc: Interval
@@ -50,7 +54,7 @@ class Gain(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A plane of a test case as four networks see it.
+    """A plane of a test case as the networks see it.
 
     image: `(H, W, 3)` in [0, 1]. truth: class indices `(H, W)`. predictions: by init and mode, class indices and DSC.
     """
@@ -75,36 +79,39 @@ class Cloud(NamedTuple):
 
 
 def transfer_picture(arms: Sequence[Arm], gains: Sequence[Gain], about: str) -> bytes:
-    """DSC over the number of labelled cases, four curves, and beside them what pretraining changes."""
-    figure = _figure(5.0, about)
-    left, right = figure.subplots(1, 2, width_ratios=(1.45, 1))
-    _frame(left, "DSC on the test cases, %")
-    _frame(right, "pretrained minus scratch, DSC points")
-    right.axhline(0, color=FAINT, linewidth=1.0)
-    numbers = sorted({arm.cases for arm in arms})
-    curves = [(init, mode) for mode in _MODES for init in _INITS]
-    for place, (init, mode) in enumerate(curves):
-        mine = sorted((arm for arm in arms if (arm.init, arm.mode) == (init, mode)), key=lambda arm: arm.cases)
-        shift = (place - (len(curves) - 1) / 2) * 0.035
-        _intervals(left, [(a.cases, a.dsc) for a in mine], shift, _INITS[init], f"{init}, {mode}", _MODES[mode])
-    for place, mode in enumerate(_MODES):
-        found = sorted((gain for gain in gains if gain.mode == mode), key=lambda gain: gain.cases)
-        _intervals(right, [(g.cases, g.dsc) for g in found], (place - 0.5) * 0.06, INK, mode, _MODES[mode])
-    for axes in (left, right):
-        axes.set_xticks(np.log2(numbers), [str(n) for n in numbers])
-        axes.set_xlim(np.log2(numbers[0]) - 0.25, np.log2(numbers[-1]) + 0.25)
-        axes.set_xlabel("labelled training cases", fontsize=10, color=INK)
-        axes.legend(frameon=False, fontsize=9.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    """DSC over the number of labelled cases, a curve for each init and mode, and beside it what pretraining changes."""
+    colours = _colours(arm.init for arm in arms)
+    bases = list(dict.fromkeys(gain.minus for gain in gains))
+    figure = _figure(5.0, about, wide=_WIDE * (0.7 + 0.3 * len(bases)))
+    left, *right = figure.subplots(1, 1 + len(bases), width_ratios=(1.45, *(1 for _ in bases)))
+    _curves(left, "DSC on the test cases, %", arms, colours)
+    for axes, minus in zip(right, bases, strict=True):
+        mine = [gain for gain in gains if gain.minus == minus]
+        inits = {gain.init for gain in mine}
+        _curves(axes, f"{inits.pop() if len(inits) == 1 else 'each'} minus {minus}, DSC points", mine, colours)
+        axes.axhline(0, color=FAINT, linewidth=1.0)
     return _png(figure)
 
 
-def _intervals(
-    axes: Axes, points: Sequence[tuple[int, Interval]], shift: float, colour: str, name: str, style: dict[str, Any]
-) -> None:
-    x = np.log2([cases for cases, _ in points]) + shift
-    mean, low, high = (100 * np.array([getattr(i, part) for _, i in points]) for part in ("value", "low", "high"))
-    axes.plot(x, mean, color=colour, linewidth=1.8, markersize=6, label=name, **style)
-    axes.errorbar(x, mean, [mean - low, high - mean], fmt="none", ecolor=colour, elinewidth=1.1, capsize=3)
+def _curves(axes: Axes, title: str, found: Sequence[Arm] | Sequence[Gain], colours: Mapping[str, str]) -> None:
+    """Values with intervals over labelled cases, a curve for each init and mode."""
+    _frame(axes, title)
+    numbers = sorted({one.cases for one in found})
+    curves = [(init, mode) for mode in _MODES for init in dict.fromkeys(one.init for one in found)]
+    for place, (init, mode) in enumerate(curves):
+        mine = sorted((one for one in found if (one.init, one.mode) == (init, mode)), key=lambda one: one.cases)
+        x = np.log2([one.cases for one in mine]) + (place - (len(curves) - 1) / 2) * 0.035
+        mean, low, high = 100 * np.array([one.dsc[:3] for one in mine]).T
+        axes.plot(x, mean, color=colours[init], linewidth=1.8, markersize=6, label=f"{init}, {mode}", **_MODES[mode])
+        axes.errorbar(x, mean, [mean - low, high - mean], fmt="none", ecolor=colours[init], elinewidth=1.1, capsize=3)
+    axes.set_xticks(np.log2(numbers), [str(n) for n in numbers])
+    axes.set_xlim(np.log2(numbers[0]) - 0.25, np.log2(numbers[-1]) + 0.25)
+    axes.set_xlabel("labelled training cases", fontsize=10, color=INK)
+    axes.legend(frameon=False, fontsize=9.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+
+
+def _colours(inits: Iterable[str]) -> dict[str, str]:
+    return dict(zip(dict.fromkeys(inits), cycle(_COLOURS), strict=False))
 
 
 def convergence_picture(curves: Mapping[str, Mapping[int, Sequence[float]]], about: str) -> bytes:
@@ -112,10 +119,10 @@ def convergence_picture(curves: Mapping[str, Mapping[int, Sequence[float]]], abo
     figure = _figure(5.0, about, wide=7.6)
     axes = figure.subplots()
     _frame(axes, "DSC on the validation cases, %")
-    for init, curve in curves.items():
+    for (init, curve), colour in zip(curves.items(), _colours(curves).values(), strict=True):
         iterations, scores = list(curve), 100 * np.array(list(curve.values()))
-        axes.plot(iterations, scores, color=_INITS[init], linewidth=0.8, alpha=0.35)
-        axes.plot(iterations, scores.mean(axis=1), "o-", color=_INITS[init], markersize=5, linewidth=1.8, label=init)
+        axes.plot(iterations, scores, color=colour, linewidth=0.8, alpha=0.35)
+        axes.plot(iterations, scores.mean(axis=1), "o-", color=colour, markersize=5, linewidth=1.8, label=init)
     axes.set_xlim(left=0)
     axes.set_xlabel("iterations of fine-tuning", fontsize=10, color=INK)
     axes.legend(frameon=False, fontsize=9.5, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
@@ -126,15 +133,18 @@ def example_picture(example: Example, names: Sequence[str], about: str) -> bytes
     """A test case: image, truth, and what each network says, with its DSC."""
     colours = class_colours(len(names))
     rows, columns = example.truth.shape
-    wide = (_WIDE - 0.4) / 3
+    inits = list(dict.fromkeys(init for init, _ in example.predictions))
+    whole = max(_WIDE, 3.0 * (1 + len(inits)))
+    wide = (whole - 0.4) / (1 + len(inits))
     tall = float(np.clip(wide * rows / columns, 0.4 * wide, 1.6 * wide))
-    figure = _figure(2 * (tall + 0.32) + 0.6 + 0.3 * _legend_rows(len(names) - 1), f"{about}   {example.name}")
-    panels = figure.subplots(2, 3)
+    height = 2 * (tall + 0.32) + 0.6 + 0.3 * _legend_rows(len(names) - 1)
+    figure = _figure(height, f"{about}   {example.name}", whole)
+    panels = figure.subplots(2, 1 + len(inits))
     tiles = [(panels[0, 0], "image", np.zeros_like(example.truth), ""), (panels[1, 0], "truth", example.truth, "")]
     for row, mode in zip(panels, _MODES, strict=True):
-        for axes, init in zip(row[1:], _INITS, strict=True):
+        for axes, init in zip(row[1:], inits, strict=True):
             labels, dsc = example.predictions[init, mode]
-            tiles.append((axes, f"{init}, {mode}", labels, f"DSC {100 * dsc:.1f} %"))
+            tiles.append((axes, f"{_short(init)}, {mode}", labels, f"DSC {100 * dsc:.1f} %"))
     for axes, name, labels, note in tiles:
         axes.set_axis_off()
         axes.imshow(overlaid(example.image, labels, colours, fill=0.65), interpolation="nearest")

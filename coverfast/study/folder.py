@@ -9,18 +9,20 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
+from coverfast.backbone_names import absolute_code
 from coverfast.checks import InputError, per_axis, require
 from coverfast.disk import explained, write_atomically
 from coverfast.downstream.settings import FinetuneSettings
 from coverfast.geometry import level_size
+from coverfast.method_names import without_folder
 from coverfast.shard_set import ShardSet
-from coverfast.study.settings import MADE, StudySettings
+from coverfast.study.settings import MADE, StudySettings, label
 from coverfast.training.assembly import choose_device
 from coverfast.training.config import as_plain, to_toml
 from coverfast.training.runs import provenance
 from coverfast.training.settings import check_values, resolve
 
-#: Settings of runs that are not the study's own, by the table they stand in.
+#: Settings of runs that are not the study's own, by the table they stand in; [pretrain.gvsl] is "pretrain.gvsl".
 Tables = dict[str, dict[str, Any]]
 
 
@@ -57,9 +59,9 @@ class Study:
         file = folder / "study.toml"
         if not there:
             settings = _resolved(kind, given)
-            tables = {name: tables.get(name, {}) for name in kind.tables}
-            _check_tables(settings, tables)
-            return cls(folder, settings, tables, _content(settings))
+            study = cls(folder, settings, {name: {} for name in kind.tables} | tables, {})
+            study._check_tables()
+            return replace(study, content=_content(settings))
         require(
             file.is_file(), f"out must be a new or empty folder or one with a study to go on with, but {folder} is none"
         )
@@ -67,10 +69,11 @@ class Study:
         settings = cast(Any, kind)(**stored)
         free = {f.name for f in fields(kind) if f.metadata.get("free")}
         for name, value in given.items():
+            old_value = getattr(settings, name)
             require(
-                name in free or value == stored.get(name),
-                f"{name} must be {_shown(stored.get(name))} as in {file}, got {_shown(value)}; leave it out to go on, "
-                "or name another folder with --out",
+                name in free or value == old_value,
+                f"{name} must be {_shown(old_value)} as in {file}, got {_shown(value)}; leave it out to go on, or name "
+                "another folder with --out",
             )
         for name, table in tables.items():
             require(
@@ -95,14 +98,44 @@ class Study:
         write_atomically(self.file, f'study = "{self.settings.name}"\n{text}')
         return False
 
+    def pretraining(self, method: str) -> dict[str, Any]:
+        """Settings of a pretraining that its tables hold, with the method; "" for that of the table."""
+        chosen = {"method": method} if method else {}
+        return {**self.tables["pretrain"], **self.tables.get(f"pretrain.{label(method)}", {}), **chosen}
+
+    def _check_tables(self) -> None:
+        """Refuse settings of runs that are none, before anything is trained."""
+        s, own = self.settings, {"crop": self.settings.crop}
+        methods = {label(method): method for method in s.pretrained.values()}
+        for name in self.tables.keys() - set(s.tables):
+            known = name.removeprefix("pretrain.") in methods
+            require(known, f"the table [{name}] must be of a method of this study, which has {_shown(tuple(methods))}")
+        for name, method in methods.items():
+            try:
+                found = resolve(s.preset, self.pretraining(method), own, {"iterations": s.pretrain_iterations})
+            except InputError as error:
+                if len(methods) == 1:
+                    raise
+                raise InputError(
+                    f"{name} cannot pretrain: {error}; a setting of one method alone goes into its own table of "
+                    f"--config, such as [pretrain.{name}]"
+                ) from None
+            if found.backbone == "unet":
+                crop = per_axis("crop", s.crop[0] if len(s.crop) == 1 else s.crop, s.ndim)
+                level_size(crop, (len(found.unet_channels()) + 1) // 2)
+        scratch = own | {"iterations": s.iterations, "scratch": True}
+        for name in {"finetune", "probe"} & self.tables.keys():
+            resolve(s.preset, self.tables[name], scratch, kind=FinetuneSettings)
+
     def about(self) -> dict[str, Any]:
         """What a result depends on, JSON-able: the same wherever the study lies and whenever it was made."""
         names = ("coverfast", "torch", "numpy", "python", "commit")
         made = provenance("")
         places = ("unlabelled", "checkpoint", "device")
         plain = {n: v for n, v in as_plain(cast(Any, self.settings)).items() if n not in places}
+        named = {n: [without_folder(p) for p in plain[n]] for n in ("data", "methods") if n in plain}
         return {
-            "settings": plain | {"data": [Path(p).name for p in self.settings.data]},
+            "settings": plain | named,
             "tables": self.tables,
             "content": self.content,
             "software": {name: made[name] for name in names},
@@ -124,16 +157,6 @@ def _resolved(kind: type[StudySettings], given: Mapping[str, Any]) -> StudySetti
     settings = kind(**values)
     settings.check()
     return settings
-
-
-def _check_tables(s: StudySettings, tables: Tables) -> None:
-    """Refuse settings of runs that are none, before anything is trained."""
-    own = {"crop": s.crop}
-    found = resolve(s.preset, tables["pretrain"], own, {"iterations": s.pretrain_iterations})
-    level_size(per_axis("crop", s.crop[0] if len(s.crop) == 1 else s.crop, s.ndim), len(found.groups))
-    scratch = own | {"iterations": s.iterations, "scratch": True}
-    for name in tables.keys() - {"pretrain"}:
-        resolve(s.preset, tables[name], scratch, kind=FinetuneSettings)
 
 
 def _content(s: StudySettings) -> dict[str, str]:
@@ -166,18 +189,23 @@ def _read(path: Path, kind: type[StudySettings]) -> tuple[dict[str, Any], Tables
     require(study == kind.name, f"{path} must be of a study of the kind {kind.name}, but it is of the kind {study}")
     tables = {name: value for name, value in values.items() if isinstance(value, dict)}
     content = tables.pop("content", {})
+    common = tables.get("pretrain", {})
+    for method in [name for name, value in common.items() if isinstance(value, dict)]:
+        tables[f"pretrain.{method}"] = common.pop(method)
     for name, table in tables.items():
+        own = name.startswith("pretrain.")
         require(
-            name in kind.tables,
+            own or name in kind.tables,
             f"{path} must have settings of this study and the tables {', '.join(kind.tables)}, got [{name}]",
         )
         for key in table:
-            # A network from scratch is built as the pretrained one is.
+            # A network from scratch is built as the pretrained one is, and all methods pretrain the same.
             taken = key in kind.taken or (key in ("channels", "backbone", "backbone_args") and name != "pretrain")
             require(not taken, f"{key} of the table {name} of {path} must be left to the study")
-    own = _absolute({name: value for name, value in values.items() if not isinstance(value, dict)})
+            require(not own or key != "batch", f"batch of the table {name} of {path} must be left to [pretrain]")
+    given = _absolute({name: value for name, value in values.items() if not isinstance(value, dict)})
     try:
-        return check_values(own, cast(Any, kind)), tables, content
+        return check_values(given, cast(Any, kind)), tables, content
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -189,6 +217,8 @@ def _absolute(given: Mapping[str, Any]) -> dict[str, Any]:
         if paths := given.get(name):
             names = [paths] if isinstance(paths, str) else paths
             whole[name] = [str(p) if p in MADE else str(Path(p).absolute()) for p in names]
+    if methods := given.get("methods"):
+        whole["methods"] = [absolute_code(m) for m in ([methods] if isinstance(methods, str) else methods)]
     if given.get("checkpoint"):
         whole["checkpoint"] = str(Path(given["checkpoint"]).absolute())
     return whole

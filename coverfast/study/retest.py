@@ -42,10 +42,10 @@ def _retest(study: Study, runs: Runs) -> dict[str, Any]:
     def flags(seed: int) -> dict[str, Any]:
         return {"seed": seed, "iterations": s.iterations}
 
-    runs.rehearse([flags(s.seed) | runs.architecture("")])
+    runs.rehearse([flags(s.seed) | runs.architecture("")], pretrains=True)
     both = []
     for seed in s.two_seeds:
-        backbone = runs.pretrain(f"pretraining-seed-{seed}", seed)
+        backbone = runs.pretrain(f"pretraining-seed-{seed}", "", seed)
         both.append(runs.finetune(f"fine-tuned-seed-{seed}", flags(seed) | {"init": str(backbone)}))
     a, b = both
     found = correlation(a.dsc, b.dsc)

@@ -86,17 +86,21 @@ class Runs:
         """The scores of a run; there is such a file once it is done."""
         return self.folder(name) / "result.json"
 
-    def rehearse(self, trainings: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse fine-tunings that could not be made, before hours go into what comes before them.
+    def rehearse(self, trainings: Sequence[Mapping[str, Any]], *, pretrains: bool) -> None:
+        """Refuse pretrainings and fine-tunings that could not be made, before hours go into what comes before them.
 
         Once anything is trained they are known to be fine: settings and content of the data cannot change.
         """
         from coverfast.downstream import plan as library
+        from coverfast.training import plan as pretraining
 
         if self.folder("").exists():
             return
+        nowhere, s = {"run": str(self.folder("none"))}, self.study.settings
+        for method in s.pretrained.values() if pretrains else ():
+            pretraining.plan({**self._unlabelled(method, s.seed), **nowhere})
         for flags in trainings:
-            library.plan({**self._with_labels(flags), "run": str(self.folder("none"))}, rehearsal=True)
+            library.plan({**self._with_labels(flags), **nowhere}, rehearsal=True)
 
     @property
     def own(self) -> str | None:
@@ -119,10 +123,14 @@ class Runs:
                 return {"scratch": True, "backbone": name, "backbone_args": spelled(found["args"])}
             channels = tuple(found["channels"])
         else:
-            settings = resolve(self.study.settings.preset, self.study.tables["pretrain"])
+            s = self.study.settings
+            settings, *others = (resolve(s.preset, self.study.pretraining(m)) for m in s.pretrained.values())
             if settings.backbone != "unet":
                 return {"scratch": True, "backbone": settings.backbone, "backbone_args": settings.backbone_args}
             channels = settings.unet_channels()
+            for other in others:  # of as many channels, groups may make another number of levels
+                theirs = other.unet_channels()
+                require(theirs == channels, f"channels must be the same for all methods, got {channels} and {theirs}")
         encoder = channels[: (len(channels) + 1) // 2]
         require(
             channels == mirrored(encoder),
@@ -132,16 +140,15 @@ class Runs:
 
     # --- training ---
 
-    def pretrain(self, name: str, seed: int) -> Path:
-        """Pretrain, unless that is done; the backbone."""
+    def pretrain(self, name: str, method: str, seed: int) -> Path:
+        """Pretrain, unless that is done; the backbone. method: "" for that of the table pretrain."""
         from coverfast.training import plan as library
 
-        s, run = self.study.settings, Run(self.folder(name))
+        run = Run(self.folder(name))
         if run.backbone.exists():
             self.watch.passed(name)
         else:
-            own = {"data": list(map(str, self.data.unlabelled)), "seed": seed, "iterations": s.pretrain_iterations}
-            self._train(library, name, {**self._common(), **self.study.tables["pretrain"], **own})
+            self._train(library, name, self._unlabelled(method, seed))
             self.watch.end(name)
         shutil.rmtree(run.checkpoints.folder, ignore_errors=True)
         return run.backbone
@@ -164,6 +171,11 @@ class Runs:
     def _common(self) -> dict[str, Any]:
         s = self.study.settings
         return {**_FRUGAL, "preset": s.preset, "crop": s.crop, "device": s.device}
+
+    def _unlabelled(self, method: str, seed: int) -> dict[str, Any]:
+        data, iterations = list(map(str, self.data.unlabelled)), self.study.settings.pretrain_iterations
+        own = {"data": data, "seed": seed, "iterations": iterations}
+        return {**self._common(), **self.study.pretraining(method), **own}
 
     def _with_labels(self, flags: Mapping[str, Any]) -> dict[str, Any]:
         kind = "probe" if flags.get("train_modules") == 0 else "finetune"

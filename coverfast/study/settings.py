@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from coverfast.checks import check_choice, require
+from coverfast.method_names import KNOWN, without_folder
 from coverfast.training.settings import Ints, Strs, setting
 
 #: Data that a study makes itself.
 MADE = ("phantom", "atlas")
+
+
+def label(method: str) -> str:
+    """What a method is called in tables, pictures and file names: "gvsl", and "mine-Mine" for "nets/mine.py:Mine"."""
+    return re.sub(r"\W+", "-", without_folder(method).replace(".py:", "-"), flags=re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,11 @@ class StudySettings(ABC):
     def pool(self) -> int:
         """Labelled training images to make."""
 
+    @property
+    def pretrained(self) -> dict[str, str]:
+        """What is pretrained by its name, and with which method, "" for that of the table pretrain."""
+        return {"pretrained": ""}
+
     def check(self) -> None:
         """Raise `InputError` unless the values fit one another."""
         check_choice("preset", self.preset, tuple(self.presets))
@@ -86,20 +98,48 @@ class TransferSettings(StudySettings):
 
     name: ClassVar[str] = "transfer"
     tables: ClassVar[tuple[str, ...]] = ("pretrain", "finetune", "probe")
+    taken: ClassVar[tuple[str, ...]] = (*StudySettings.taken, "method")
 
+    methods: Strs = setting((), f"to pretrain with: {KNOWN}; may be repeated; default cover")
     checkpoint: str = setting("", "pretrained backbone.safetensors, or run that has one; default: pretrain first")
     cases: Ints = setting((4, 8, 16), "numbers of labelled training cases; default 4,8,16", least=1)
     seeds: int = setting(3, "times that each training is done: other cases, other weights; default 3", least=1)
     probe_iterations: int = setting(0, "of linear evaluation; 0: twice those of fine-tuning", least=0)
+
+    def __post_init__(self) -> None:
+        """Fill in the method, for studies begun before there were several too."""
+        if not (self.methods or self.checkpoint):
+            object.__setattr__(self, "methods", ("cover",))
 
     @property
     def pool(self) -> int:
         """See `StudySettings`."""
         return max(self.cases)
 
+    @property
+    def pretrained(self) -> dict[str, str]:
+        """See `StudySettings`; the names are those of the methods where there are several."""
+        if len(self.methods) < 2:
+            return {"pretrained": "".join(self.methods)}
+        return {label(method): method for method in self.methods}
+
+    @property
+    def inits(self) -> tuple[str, ...]:
+        """Where weights come from, by the names of the arms."""
+        return ("scratch", *self.pretrained)
+
     def check(self) -> None:
         """See `StudySettings`."""
         super().check()
+        require(
+            not (self.checkpoint and self.methods),
+            f"methods must be left out with a checkpoint, which is pretrained already, got {', '.join(self.methods)}",
+        )
+        # Folders of two names that differ in case are one on some disks.
+        require(
+            len({label(method).casefold() for method in self.methods}) == len(self.methods),
+            f"methods must be of different names, got {', '.join(map(label, self.methods))}",
+        )
         require(len(set(self.cases)) == len(self.cases), f"cases must be different numbers, got {self.cases}")
 
 

@@ -12,8 +12,11 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def transfer_rows(result: Mapping[str, Any]) -> Table:
-    """A row for each mode and number of labelled cases of what transfer.json holds."""
+    """What transfer.json holds: a row for each mode and number of labelled cases, with several methods for each arm."""
     found = {(a["init"], a["mode"], a["cases"]): Interval(**a["dsc"]) for a in result["arms"]}
+    inits = list(dict.fromkeys(init for init, _, _ in found))
+    if len(inits) > 2:
+        return _rows_by_arm(result["differences"], found, inits)
     headings = ["mode", "labelled cases", "scratch, DSC %", "pretrained, DSC %", "difference, points", "intervals"]
     rows = [
         [
@@ -26,6 +29,21 @@ def transfer_rows(result: Mapping[str, Any]) -> Table:
         ]
         for gain in result["differences"]
     ]
+    return headings, rows
+
+
+def _rows_by_arm(
+    differences: Sequence[Mapping[str, Any]], found: Mapping[tuple[str, str, int], Interval], inits: Sequence[str]
+) -> Table:
+    """A row an arm, with what it differs by from each arm above it."""
+    headings = ["mode", "labelled cases", "weights", "DSC %", *(f"minus {minus}, points" for minus in inits[:-1])]
+    gains = {(d["init"], d["minus"], d["mode"], d["cases"]): Interval(**d["dsc"]) for d in differences}
+    rows = []
+    for mode, cases in dict.fromkeys((mode, cases) for _, mode, cases in found):
+        for init in inits:
+            own = [gains.get((init, minus, mode, cases)) for minus in inits[:-1]]
+            cells = [interval(gain, sign=True) if gain else "" for gain in own]
+            rows.append([mode, str(cases), init, interval(found[init, mode, cases]), *cells])
     return headings, rows
 
 

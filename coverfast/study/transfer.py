@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,7 @@ from coverfast.study.settings import TransferSettings
 from coverfast.study.statistics import METHOD, apart, crossed_interval
 from coverfast.study.tables import markdown, transfer_rows
 
-INITS, MODES = ("scratch", "pretrained"), ("fine-tuned", "linear")
-_PRETRAINING = "pretraining"
+MODES = ("fine-tuned", "linear")
 
 
 class Trial(NamedTuple):
@@ -53,14 +52,22 @@ class Trial(NamedTuple):
 def trials(s: TransferSettings) -> list[Trial]:
     """All of them, in the order they are made in: a whole seed before the next one."""
     seeds = range(s.seed, s.seed + s.seeds)
-    return [Trial(init, mode, cases, k) for k, cases, mode, init in product(seeds, s.cases, MODES, INITS)]
+    return [Trial(init, mode, cases, k) for k, cases, mode, init in product(seeds, s.cases, MODES, s.inits)]
+
+
+def pretrainings(s: TransferSettings) -> dict[str, str]:
+    """Names of the pretrainings' folders by arm; none for a backbone that is there already."""
+    if s.checkpoint:
+        return {}
+    return {init: "pretraining" if init == "pretrained" else f"pretraining-{init}" for init in s.pretrained}
 
 
 def works(study: Study) -> list[Work]:
     """What is to be trained."""
     s = study.settings
     assert isinstance(s, TransferSettings)
-    first = [] if s.checkpoint else [Work(_PRETRAINING, "pretraining", s.pretrain_iterations)]
+    # Methods differ in how long an iteration takes: each is a kind of its own.
+    first = [Work(name, name, s.pretrain_iterations) for name in pretrainings(s).values()]
     return first + [Work(t.name, t.mode, t.flags(study, {})["iterations"]) for t in trials(s)]
 
 
@@ -78,10 +85,12 @@ def transfer(study: Study, watch: Watch) -> dict[str, Any]:
 
 def _transfer(study: Study, s: TransferSettings, runs: Runs) -> dict[str, Any]:
     architecture = runs.architecture(s.checkpoint)
-    runs.rehearse([t.flags(study, architecture) for t in trials(s) if t.init == "scratch"])
-    backbone = Path(s.checkpoint) if s.checkpoint else runs.pretrain(_PRETRAINING, s.seed)
-    from_backbone = {"scratch": architecture, "pretrained": {"init": str(backbone)}}
-    scores = {t: runs.finetune(t.name, t.flags(study, from_backbone[t.init])) for t in trials(s)}
+    scratch = [t.flags(study, architecture) for t in trials(s) if t.init == "scratch"]
+    runs.rehearse(scratch, pretrains=not s.checkpoint)
+    begins = {"scratch": architecture, "pretrained": {"init": s.checkpoint}}
+    for init, name in pretrainings(s).items():
+        begins[init] = {"init": str(runs.pretrain(name, s.pretrained[init], s.seed))}
+    scores = {t: runs.finetune(t.name, t.flags(study, begins[t.init])) for t in trials(s)}
     arms, gains = compare(scores, s)
     curves = convergence({t: runs.validations(t.name) for t in trials(s)}, s)
     result = _result(study, scores, arms, gains, curves)
@@ -97,7 +106,7 @@ def _transfer(study: Study, s: TransferSettings, runs: Runs) -> dict[str, Any]:
                 _example(runs, scores, s), runs.data.classes, f"{about}; {middle}, seed {s.seed}"
             ),
         }
-        tuned = {init: curves[init, "fine-tuned", _middle(s)] for init in INITS}
+        tuned = {init: curves[init, "fine-tuned", _middle(s)] for init in s.inits}
         if all(tuned.values()):
             found["convergence.png"] = convergence_picture(tuned, f"{trained}; fine-tuned, {middle}")
         return found
@@ -107,16 +116,17 @@ def _transfer(study: Study, s: TransferSettings, runs: Runs) -> dict[str, Any]:
 
 
 def compare(scores: Mapping[Trial, Scores], s: TransferSettings) -> tuple[list[Arm], list[Gain]]:
-    """Means with their intervals for each way to train, and what pretraining changes."""
+    """Means with their intervals for each way to train, and each arm's difference to those before it."""
     groups = next(iter(scores.values())).groups
     seeds = range(s.seed, s.seed + s.seeds)
     arms, gains = [], []
     for mode, cases in product(MODES, s.cases):
-        found = {i: np.stack([scores[Trial(i, mode, cases, k)].dsc for k in seeds]) for i in INITS}
+        found = {i: np.stack([scores[Trial(i, mode, cases, k)].dsc for k in seeds]) for i in s.inits}
         intervals = {init: crossed_interval(values, groups) for init, values in found.items()}
         arms += [Arm(init, mode, cases, interval) for init, interval in intervals.items()]
-        gain = crossed_interval(found["pretrained"] - found["scratch"], groups)
-        gains.append(Gain(mode, cases, gain, apart(intervals["scratch"], intervals["pretrained"])))
+        for minus, init in combinations(s.inits, 2):
+            gain = crossed_interval(found[init] - found[minus], groups)
+            gains.append(Gain(init, minus, mode, cases, gain, apart(intervals[minus], intervals[init])))
     return arms, gains
 
 
@@ -125,7 +135,7 @@ def convergence(
 ) -> dict[tuple[str, str, int], dict[int, list[float]]]:
     """Validation DSC of all seeds by iteration, for each way to train; iterations that a seed lacks are left out."""
     curves = {}
-    for init, mode, cases in product(INITS, MODES, s.cases):
+    for init, mode, cases in product(s.inits, MODES, s.cases):
         mine = [found[Trial(init, mode, cases, k)] for k in range(s.seed, s.seed + s.seeds)]
         curves[init, mode, cases] = {i: [m[i] for m in mine] for i in sorted(set.intersection(*map(set, mine)))}
     return curves
@@ -158,7 +168,11 @@ def _result(
         "test_cases": next(iter(scores.values())).cases,
         "arms": [arm(a) for a in arms],
         "differences": [
-            {"mode": g.mode, "cases": g.cases, "dsc": g.dsc.plain(), "intervals_apart": g.apart} for g in gains
+            {
+                **{"init": g.init, "minus": g.minus, "mode": g.mode, "cases": g.cases},
+                **{"dsc": g.dsc.plain(), "intervals_apart": g.apart},
+            }
+            for g in gains
         ],
     }
 
@@ -168,11 +182,11 @@ def _middle(s: TransferSettings) -> int:
 
 
 def _example(runs: Runs, scores: Mapping[Trial, Scores], s: TransferSettings) -> Example:
-    """The test case that is the median of what four networks of the first seed score, and what they say of it."""
-    four = {(i, m): Trial(i, m, _middle(s), s.seed) for i, m in product(INITS, MODES)}
-    mean = np.mean([scores[t].dsc for t in four.values()], axis=0)
+    """The test case that is the median of what all networks of the first seed score, and what they say of it."""
+    networks = {(i, m): Trial(i, m, _middle(s), s.seed) for i, m in product(s.inits, MODES)}
+    mean = np.mean([scores[t].dsc for t in networks.values()], axis=0)
     case = int(np.argsort(mean, kind="stable")[len(mean) // 2])
-    seen = {arm: runs.predict(t.name, case) for arm, t in four.items()}
+    seen = {arm: runs.predict(t.name, case) for arm, t in networks.items()}
     some = next(iter(seen.values()))
-    predictions = {arm: (seen[arm].labels, float(scores[t].dsc[case])) for arm, t in four.items()}
+    predictions = {arm: (seen[arm].labels, float(scores[t].dsc[case])) for arm, t in networks.items()}
     return Example(some.name, some.image, some.truth, predictions)
