@@ -182,7 +182,13 @@ def forms(size):
     }
 
 
-@pytest.mark.parametrize("form", list(forms((2, 2))))
+#: Compiled before a release only: each takes seconds, and the rest has parts of them.
+_LATER = ("affine with a gradient", "affine consistency")
+
+
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.slow] * (form in _LATER)) for form in forms((2, 2))]
+)
 def test_one_graph_of_every_form(form):
     for size in ((6, 4), (4, 2, 6)):
         function, *tensors = forms(size)[form]

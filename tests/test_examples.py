@@ -22,7 +22,10 @@ def figures(printed: str, title: str) -> list[float]:
 
 @pytest.mark.parametrize(
     ("ndim", "options"),
-    [(2, ["--size", "32", "--window", "7", "--steps", "30"]), (3, ["--size", "16", "--steps", "4"])],
+    [
+        (2, ["--size", "32", "--window", "7", "--steps", "30"]),
+        pytest.param(3, ["--size", "16", "--steps", "4"], marks=pytest.mark.slow),
+    ],
 )
 def test_both_matchings_learn_along_one_curve(ndim: int, options: list[str], tmp_path: Path) -> None:
     """One thread, so that a busy machine does not stall the threads of these small tensors."""

@@ -30,7 +30,10 @@ def printed(script: str, *options: str, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("script", "options", "better"),
     [
-        (PIXELS, ["--size", "48", "--window", "7", "--steps", "40"], "share in its own tissue"),
+        pytest.param(
+            *(PIXELS, ["--size", "48", "--window", "7", "--steps", "40"], "share in its own tissue"),
+            marks=pytest.mark.slow,
+        ),
         (REGISTRATION, ["--size", "48", "--window", "7", "--steps", "20"], "Dice"),
     ],
 )

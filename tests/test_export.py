@@ -72,7 +72,7 @@ def runner(done: Exported) -> Any:
 # --- round trips ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("ndim", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_same_features_without_coverfast(ndim: int, runs: dict[int, Run], tmp_path: Path) -> None:
     """Pretrained, exported, and read where coverfast cannot be imported, at sizes that the export has not seen."""
     pytest.importorskip("onnxscript")

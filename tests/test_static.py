@@ -137,6 +137,7 @@ def test_the_command_prints_and_saves(tmp_path):
     assert saved["provenance"]["triton"]
 
 
+@pytest.mark.slow
 def test_sizes_and_launch_numbers_are_compiled_and_saved(tmp_path):
     file = tmp_path / "static.json"
     command = ["bench", "static", "--op", "losses", "--device", "sm_90", "--sizes", "32,32", "--against", "tile=16"]
