@@ -1,10 +1,10 @@
 """The Triton kernels of the local normalised cross-correlation (SPEC 9, GVSL Eq. 1), value and slopes.
 
-Sums over windows are taken in two passes, within planes and then along z; in 2D the first is all. A pass serves grids
-`(outer, rows, columns)`: planes `(B C Z, Y, X)`, with taps along y and x; then volumes `(B C, Z, Y X)`, with taps along
-z alone. A lane serves one column and walks along the rows, the sums over taps along x of those in its window in
-registers (`KEEP`), so that every row is read once; of a wider window they are made anew for every row. What is out of
-the grid adds nothing. Maps between passes are contiguous `(maps, B, C, *S)` in the accumulator, images dense by sample.
+Sums over windows are taken in two passes: within planes, `(B C Z, Y, X)`, and along z, `(B C, Z, Y X)`; those of slopes
+the other way round. In 2D there are planes alone. A lane serves a column of such a grid `(outer, rows, columns)` and
+walks along the rows; it keeps the sums along the rows in its window in registers (`KEEP`), so that it reads every row
+once, or makes them anew for every window, where that is too wide. What is out of the grid adds nothing. Maps are in the
+accumulator, so many elements `apart`, their rows `pitch`; images are contiguous by sample.
 
 Images are shifted by half a unit, so that of [0, 1] the difference of a mean square and a squared mean loses least.
 """
@@ -18,13 +18,13 @@ SHIFT = tl.constexpr(0.5)
 
 @triton.jit
 def _place(rows, columns, TILE: tl.constexpr, STEPS: tl.constexpr):
-    """Outer index, where its grid begins, first and last row of this program; column of its lanes."""
+    """Outer index, first and last row of this program; column of its lanes."""
     tiles, walks = tl.cdiv(columns, TILE), tl.cdiv(rows, STEPS)
     program = tl.program_id(0)
     i = (program % tiles) * TILE + tl.arange(0, TILE)
     program = program // tiles
     first, outer = (program % walks) * STEPS, (program // walks).to(tl.int64)
-    return outer, outer * rows * columns, first, tl.minimum(first + STEPS, rows), i
+    return outer, first, tl.minimum(first + STEPS, rows), i
 
 
 @triton.jit
@@ -49,29 +49,29 @@ def _row_of_images(x, y, j, i, rows, columns, WINDOW: tl.constexpr, ACC: tl.cons
 
 
 @triton.jit
-def _row_of_maps(maps, pixels, j, i, rows, columns, MAPS: tl.constexpr, WINDOW: tl.constexpr):
+def _row_of_maps(maps, apart, pitch, j, i, rows, columns, MAPS: tl.constexpr, WINDOW: tl.constexpr):
     """Sums over the taps along row `j` of every map."""
     sums = ()
     for _ in tl.static_range(MAPS):
         sums += (tl.zeros(i.shape, maps.dtype.element_ty),)
-    end, line = tl.where((j >= 0) & (j < rows), columns, 0), maps + tl.cast(j, tl.int64) * columns
+    end, line = tl.where((j >= 0) & (j < rows), columns, 0), maps + j * pitch
     for t in range(WINDOW):
         c = i + (t - WINDOW // 2)
         keep = (c >= 0) & (c < end)
         added = ()
         for k in tl.static_range(MAPS):
-            added += (sums[k] + tl.load(line + k * pixels + c, mask=keep, other=0),)
+            added += (sums[k] + tl.load(line + k * apart + c, mask=keep, other=0),)
         sums = added
     return sums
 
 
 @triton.jit
-def _row(x, y, maps, pixels, j, i, rows, columns, MAPS: tl.constexpr, WINDOW: tl.constexpr, ACC: tl.constexpr):
+def _row(x, y, maps, apart, pitch, j, i, rows, columns, MAPS: tl.constexpr, WINDOW: tl.constexpr, ACC: tl.constexpr):
     """Of the images where there are no maps yet."""
     if MAPS == 0:
         row = _row_of_images(x, y, j, i, rows, columns, WINDOW, ACC)
     else:
-        row = _row_of_maps(maps, pixels, j, i, rows, columns, MAPS, WINDOW)
+        row = _row_of_maps(maps, apart, pitch, j, i, rows, columns, MAPS, WINDOW)
     return row
 
 
@@ -95,7 +95,7 @@ def _pushed(kept, row):
 
 @triton.jit
 def _before(
-    x, y, maps, pixels, first, i, rows, columns,
+    x, y, maps, apart, pitch, first, i, rows, columns,
     MAPS: tl.constexpr, WINDOW_R: tl.constexpr, WINDOW_C: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The rows kept when a walk begins: all but the last of the first window."""
@@ -107,26 +107,26 @@ def _before(
         for _ in tl.static_range(WINDOW_R):
             kept += (none,)
         for j in range(first - WINDOW_R // 2, first + WINDOW_R // 2):
-            kept = _pushed(kept, _row(x, y, maps, pixels, j, i, rows, columns, MAPS, WINDOW_C, ACC))
+            kept = _pushed(kept, _row(x, y, maps, apart, pitch, j, i, rows, columns, MAPS, WINDOW_C, ACC))
     return kept
 
 
 @triton.jit
 def _window(
-    kept, x, y, maps, pixels, j, i, rows, columns,
+    kept, x, y, maps, apart, pitch, j, i, rows, columns,
     MAPS: tl.constexpr, WINDOW_R: tl.constexpr, WINDOW_C: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Rows kept and sums over the window around row `j`."""
     if KEEP:
-        kept = _pushed(kept, _row(x, y, maps, pixels, j + WINDOW_R // 2, i, rows, columns, MAPS, WINDOW_C, ACC))
+        kept = _pushed(kept, _row(x, y, maps, apart, pitch, j + WINDOW_R // 2, i, rows, columns, MAPS, WINDOW_C, ACC))
         sums = kept[0]
         for k in tl.static_range(1, WINDOW_R):
             sums = _plus(sums, kept[k])
     else:
         low, high = tl.maximum(j - WINDOW_R // 2, 0), tl.minimum(j + WINDOW_R // 2, rows - 1)
-        sums = _row(x, y, maps, pixels, low, i, rows, columns, MAPS, WINDOW_C, ACC)
+        sums = _row(x, y, maps, apart, pitch, low, i, rows, columns, MAPS, WINDOW_C, ACC)
         for r in range(low + 1, high + 1):
-            sums = _plus(sums, _row(x, y, maps, pixels, r, i, rows, columns, MAPS, WINDOW_C, ACC))
+            sums = _plus(sums, _row(x, y, maps, apart, pitch, r, i, rows, columns, MAPS, WINDOW_C, ACC))
     return kept, sums
 
 
@@ -137,39 +137,42 @@ def _reached(j, size, WINDOW: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=("x_b", "y_b", "pixels", "per_sample", "rows", "columns", "size_x", "eps"),
-)
+    do_not_specialize=(
+        "x_b", "y_b", "apart", "pitch", "out_apart", "out_pitch", "per_sample", "rows", "columns", "column", "size_x",
+        "eps",
+    )
+)  # fmt: skip
 def ncc_moments_kernel(
-    x, y, maps, out, partials, x_b: tl.int64, y_b: tl.int64, pixels: tl.int64, per_sample, rows, columns, size_x,
-    eps: tl.int64,
+    x, y, maps, out, partials, x_b: tl.int64, y_b: tl.int64, apart: tl.int64, pitch: tl.int64, out_apart: tl.int64,
+    out_pitch: tl.int64, per_sample, rows, columns, column, size_x, eps: tl.int64,
     MAPS: tl.constexpr, LAST: tl.constexpr, TO_X: tl.constexpr, TO_Y: tl.constexpr, NDIM: tl.constexpr,
     WINDOW_R: tl.constexpr, WINDOW_C: tl.constexpr, WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr, KEEP: tl.constexpr,
     TILE: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A pass over x, y, x^2, y^2 and x y, from the images (`MAPS` 0) or from the five maps of the pass before.
+    """A pass over x, y, x^2, y^2 and x y, from the images (`MAPS` 0) or from five maps.
 
-    Not the last: `out` is the five maps of sums. The last: the sum of the squared correlation over this program's
-    pixels, partials `(programs,)`, and in `out` the maps by which slopes are made: for every window a, then b and c of
-    y if asked, then those of x, such that its slope by one of its pixels is `a x + b y + c` (for x, `a y + b x + c`).
+    Not the last: `out` is the five maps of sums. The last, over the columns from number `column` on: partials
+    `(programs,)` of the summed match, and as `out` the maps that make its slopes. For every window a, then b and c of y
+    if asked, then those of x: by a pixel in it, its match has the slope `a x + b y + c` (for x, `a y + b x + c`).
     """
-    outer, begin, first, last, i = _place(rows, columns, TILE, STEPS)
+    outer, first, last, i = _place(rows, columns, TILE, STEPS)
     if MAPS == 0:
         x, y = _image(x, x_b, outer, per_sample, rows, columns), _image(y, y_b, outer, per_sample, rows, columns)
     else:
-        maps += begin
+        maps += outer * rows * pitch
     keep, total = i < columns, tl.zeros([TILE], ACC)
-    # Pixels that windows have in the grid, but for the axis of the walk; at least 1 where there is no pixel either.
-    across = tl.maximum(_reached(i % size_x, size_x, WINDOW_X), 1)
-    if NDIM == 3:
-        across *= tl.maximum(_reached(i // size_x, columns // size_x, WINDOW_Y), 1)
     least = eps.to(tl.int64).to(tl.float64, bitcast=True).to(ACC)
-    kept = _before(x, y, maps, pixels, first, i, rows, columns, MAPS, WINDOW_R, WINDOW_C, KEEP, ACC)
+    # Pixels of a window in the grid, but for its rows; at least 1 where there is no pixel either.
+    across = tl.maximum(_reached((column + i) % size_x, size_x, WINDOW_X), 1)
+    if NDIM == 3:
+        across *= tl.maximum(_reached((column + i) // size_x, pitch.to(tl.int32) // size_x, WINDOW_Y), 1)
+    kept = _before(x, y, maps, apart, pitch, first, i, rows, columns, MAPS, WINDOW_R, WINDOW_C, KEEP, ACC)
     for j in range(first, last):
-        kept, sums = _window(kept, x, y, maps, pixels, j, i, rows, columns, MAPS, WINDOW_R, WINDOW_C, KEEP, ACC)
-        to = out + (begin + tl.cast(j, tl.int64) * columns) + i
+        kept, sums = _window(kept, x, y, maps, apart, pitch, j, i, rows, columns, MAPS, WINDOW_R, WINDOW_C, KEEP, ACC)
+        to = out + (outer * rows + j) * out_pitch + i
         if not LAST:
             for k in tl.static_range(5):
-                tl.store(to + k * pixels, sums[k], mask=keep)
+                tl.store(to + k * out_apart, sums[k], mask=keep)
         else:
             n = (across * _reached(j, rows, WINDOW_R)).to(ACC)
             # Everything n^2 times as large: fewer divisions, and where images are constant no remainder of one.
@@ -187,45 +190,49 @@ def ncc_moments_kernel(
                 tl.store(to, a, mask=keep)
             if TO_Y:
                 b = -2 * n * match * over_y
-                tl.store(to + pixels, b, mask=keep)
-                tl.store(to + 2 * pixels, -a * m_x - b * m_y, mask=keep)
+                tl.store(to + out_apart, b, mask=keep)
+                tl.store(to + 2 * out_apart, -a * m_x - b * m_y, mask=keep)
             if TO_X:
                 b = -2 * n * match * over_x
-                tl.store(to + (1 + 2 * TO_Y) * pixels, b, mask=keep)
-                tl.store(to + (2 + 2 * TO_Y) * pixels, -a * m_y - b * m_x, mask=keep)
+                tl.store(to + (1 + 2 * TO_Y) * out_apart, b, mask=keep)
+                tl.store(to + (2 + 2 * TO_Y) * out_apart, -a * m_y - b * m_x, mask=keep)
     if LAST:
         tl.store(partials + tl.program_id(0), tl.sum(total))
 
 
-@triton.jit(do_not_specialize=("x_b", "y_b", "pixels", "per_sample", "rows", "columns"))
+@triton.jit(
+    do_not_specialize=(
+        "x_b", "y_b", "apart", "pitch", "out_apart", "out_pitch", "per_sample", "rows", "columns",
+    )
+)  # fmt: skip
 def ncc_slopes_kernel(
-    x, y, maps, out, d_x, d_y, x_b: tl.int64, y_b: tl.int64, pixels: tl.int64, per_sample, rows, columns,
+    x, y, maps, out, d_x, d_y, x_b: tl.int64, y_b: tl.int64, apart: tl.int64, pitch: tl.int64, out_apart: tl.int64,
+    out_pitch: tl.int64, per_sample, rows, columns,
     MAPS: tl.constexpr, LAST: tl.constexpr, TO_X: tl.constexpr, TO_Y: tl.constexpr,
     WINDOW_R: tl.constexpr, WINDOW_C: tl.constexpr, KEEP: tl.constexpr,
     TILE: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A pass over the maps of slopes; the windows that hold a pixel are those in the window around it.
+    """A pass over the maps that make the slopes; the windows that hold a pixel are those in the window around it.
 
-    Not the last: `out` is the maps' sums. The last: the slopes of the summed squared correlation, d_x and d_y,
-    contiguous.
+    Not the last: `out` is the maps' sums. The last: the slopes of the summed match, d_x and d_y, contiguous.
     """
-    outer, begin, first, last, i = _place(rows, columns, TILE, STEPS)
+    outer, first, last, i = _place(rows, columns, TILE, STEPS)
     if LAST:
         x, y = _image(x, x_b, outer, per_sample, rows, columns), _image(y, y_b, outer, per_sample, rows, columns)
-    maps += begin
+    maps += outer * rows * pitch
     keep = i < columns
-    kept = _before(x, y, maps, pixels, first, i, rows, columns, MAPS, WINDOW_R, WINDOW_C, KEEP, ACC)
+    kept = _before(x, y, maps, apart, pitch, first, i, rows, columns, MAPS, WINDOW_R, WINDOW_C, KEEP, ACC)
     for j in range(first, last):
-        kept, sums = _window(kept, x, y, maps, pixels, j, i, rows, columns, MAPS, WINDOW_R, WINDOW_C, KEEP, ACC)
-        line = tl.cast(j, tl.int64) * columns
+        kept, sums = _window(kept, x, y, maps, apart, pitch, j, i, rows, columns, MAPS, WINDOW_R, WINDOW_C, KEEP, ACC)
         if not LAST:
+            to = out + (outer * rows + j) * out_pitch + i
             for k in tl.static_range(MAPS):
-                tl.store(out + (begin + line) + k * pixels + i, sums[k], mask=keep)
+                tl.store(to + k * out_apart, sums[k], mask=keep)
         else:
+            line, at = tl.cast(j, tl.int64) * columns, (outer * rows + j) * columns
             u = tl.load(x + line + i, mask=keep, other=0.5).to(ACC) - SHIFT
             v = tl.load(y + line + i, mask=keep, other=0.5).to(ACC) - SHIFT
             if TO_Y:
-                tl.store(d_y + (begin + line) + i, sums[0] * u + sums[1] * v + sums[2], mask=keep)
+                tl.store(d_y + at + i, sums[0] * u + sums[1] * v + sums[2], mask=keep)
             if TO_X:
-                slope = sums[0] * v + sums[1 + 2 * TO_Y] * u + sums[2 + 2 * TO_Y]
-                tl.store(d_x + (begin + line) + i, slope, mask=keep)
+                tl.store(d_x + at + i, sums[0] * v + sums[1 + 2 * TO_Y] * u + sums[2 + 2 * TO_Y], mask=keep)

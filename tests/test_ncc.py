@@ -339,41 +339,43 @@ def test_launches_cover_the_images(kernels, data):
     x, y = (meta(batch, channels, *size, dtype=dtype, layout=data.draw(st.sampled_from(KERNEL_LAYOUTS))) for _ in "xy")
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     d_x, d_y = (meta(batch, channels, *size, dtype=exact) if asked else None for asked in wanted)
-    launches, partials = kernels.plan(x, y, window, 1e-5, d_x, d_y, on)
-    served, last_of_moments = {}, 0
+    partials, served, programs = [], {}, []
+    launches = list(kernels.launches(x, y, window, 1e-5, d_x, d_y, partials, on))
     for launch in launches:
         c, a = launch.constants, launch.arguments
         walks, tiles = -(-a["rows"] // c["STEPS"]), -(-a["columns"] // c["TILE"])
-        outer = a["pixels"] // (a["rows"] * a["columns"])
-        assert launch.programs == outer * walks * tiles
+        outer, rest = divmod(launch.programs, walks * tiles)
+        assert rest == 0
         assert (a["x"].shape, a["x"].dtype) == (a["y"].shape, dtype)
-        assert outer % a["per_sample"] == 0
         assert [a[f"{v}_b"] for v in "xy"] == [a[v].stride(0) for v in "xy"]
         assert all(a[v][:1].is_contiguous() for v in "xy")
         assert on.warp <= c["TILE"] == launch.warps * on.warp
         assert c["WINDOW_R"] * (c["MAPS"] or 5) * (exact.itemsize // 4) <= 64 or not c["KEEP"]
         assert c["WINDOW_R"] < 2 * a["rows"]
         key = launch.kernel.__name__, c["MAPS"], c["LAST"]
-        served[key] = served.get(key, 0) + a["pixels"]
+        served[key] = served.get(key, 0) + outer * a["rows"] * a["columns"]
         if key[0] == "ncc_moments_kernel" and c["LAST"]:
-            last_of_moments += launch.programs
-            assert a["partials"].shape == (launch.programs,)
-    assert partials.shape == (last_of_moments,)
+            programs.append((launch.programs,))
+            assert a["partials"] is partials[len(programs) - 1]
+        if c["MAPS"] == 0 or (key[0] == "ncc_slopes_kernel" and c["LAST"]):
+            assert a["per_sample"] * a["rows"] * a["columns"] == x[:1].numel()
+    assert [p.shape for p in partials] == programs
     assert set(served.values()) <= {x.numel()}
     passes = n - 1
     assert len(served) == (passes * (1 + any(wanted)) if batch else 0)
 
 
 def test_a_batch_is_served_in_parts_of_bounded_memory(kernels):
-    x = meta(6, 1, 128, 128, 128)
-    launches, _ = kernels.plan(x, x, (9, 9, 9), 1e-5, None, x, ARCHITECTURES["sm_90"])
-    assert len(launches) == 6 * 4
-    between = {launch.arguments["maps"].numel() for launch in launches}
-    assert between == {5 * 128**3, 3 * 128**3}
-    assert sum(between) * 4 <= kernels.SCRATCH
-    small = meta(6, 1, 64, 64, 64)
-    assert len(kernels.plan(small, small, (9, 9, 9), 1e-5, None, small, ARCHITECTURES["sm_90"]).launches) == 4
-    flat = meta(24, 1, 384, 384)
-    launches, _ = kernels.plan(flat, flat, (9, 9), 1e-5, None, flat, ARCHITECTURES["sm_90"])
-    assert [launch.kernel.__name__ for launch in launches] == ["ncc_moments_kernel", "ncc_slopes_kernel"]
-    assert all(launch.programs >= 3 * 132 for launch in launches)
+    def planned(*shape):
+        x = meta(*shape)
+        return list(kernels.launches(x, x, (9,) * (len(shape) - 2), 1e-5, None, x, [], ARCHITECTURES["sm_90"]))
+
+    volumes = planned(6, 1, 128, 128, 128)
+    assert len(volumes) == 6 * (1 + 2 * 2 + 1)
+    memory = {launch.arguments["out"].untyped_storage() for launch in volumes}
+    assert sorted({len(m) for m in memory}) == [4 * 3 * 128**3 // 2, 4 * 5 * 128**3]
+    assert sum({len(m) for m in memory}) <= kernels.PART + kernels.CHUNK
+    assert len(planned(4, 1, 64, 64, 64)) == 4
+    flat = planned(24, 1, 384, 384)
+    assert [launch.kernel.__name__ for launch in flat] == ["ncc_moments_kernel", "ncc_slopes_kernel"]
+    assert all(launch.programs >= 3 * 132 for launch in (*volumes, *flat))

@@ -43,10 +43,11 @@ def ncc_loss(
             other is copied first. Both it and torch find the gradients in the forward pass, of images that ask for one.
 
     Returns:
-        Scalar, float32 (float64 for float64), in (0, 1] without a `denominator`; 0 of an empty batch.
+        Scalar, float32 (float64 for float64), in [0, 1] without a `denominator`; 0 of an empty batch.
 
     Raises:
-        InputError: on a shape, dtype, device, window or eps that does not fit. Second-order gradients raise.
+        InputError: on a shape, dtype, device, window or eps that does not fit. Second-order gradients raise,
+            but those of the reference.
     """
     ndim = check_map("x", x)
     check_map("y", y)
@@ -64,8 +65,8 @@ def ncc_loss(
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
-# The forward finds the slopes of the summed match too: all that they need is at hand there, and one map is less to keep
-# than three.
+# The forward finds the slopes of the summed match too: all that they need is at hand there, and one map is kept instead
+# of three.
 
 
 def _exact(x: Tensor) -> torch.dtype:
@@ -91,10 +92,10 @@ def _forward(
         if impl == "triton":
             from coverfast.kernels import ncc as kernels
 
-            plan = kernels.plan(x, y, window, eps, *wanted)
-            for launch in plan.launches:
+            partials = [d_x.new_zeros(1)]
+            for launch in kernels.launches(x, y, window, eps, *wanted, partials):
                 launch.run()
-            matched = plan.partials.sum(dtype=torch.float64)
+            matched = torch.cat(partials).sum(dtype=torch.float64)
         else:
             matched = _torch_forward(x, y, window, eps, *wanted)
     return matched, d_x, d_y

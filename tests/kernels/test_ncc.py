@@ -156,6 +156,15 @@ def test_constant_regions_are_harmless(value, dtype, device):
             assert loss.item() == pytest.approx(prod(noise.shape), abs=1e-3)
 
 
+def test_a_match_is_never_beyond_one(device):
+    """Not even where rounding exceeds eps, as in images that are not in [0, 1]."""
+    still = torch.full((1, 1, 1, 8), 200.3, device=device)
+    noise = still + 2e-4 * randn(1, 1, 1, 8, dtype=torch.float32).to(device)
+    with override(tile=8, rows=4):
+        for pair in ((still, still), (still, noise), (noise, noise)):
+            assert 0 <= ncc_loss(*pair, (1, 9), eps=1e-12, impl="triton") <= 1
+
+
 @pytest.mark.parametrize(("which", "bad"), [(0, nan), (1, inf), (0, -inf)])
 def test_a_pixel_that_is_not_finite_shows(which, bad, device):
     inputs = Spec((2, 4), ()).images(device)
@@ -171,13 +180,14 @@ def test_a_pixel_that_is_not_finite_shows(which, bad, device):
 
 
 def test_a_batch_in_parts_is_the_same(device, launches, monkeypatch):
-    spec = Spec((2, 1, 3), (3, 1, 3), batch=3, wanted=(False, True))
+    spec = Spec((2, 2, 4), (1, 3, 3), batch=2, wanted=(False, True))
     whole = spec.results(device)
     before = len(launches)
-    monkeypatch.setattr(kernels, "SCRATCH", 2 * 8 * 6 * 8)  # two samples of the three: 5 + 3 maps
+    monkeypatch.setattr(kernels, "PART", 5 * 16 * 8)  # one sample
+    monkeypatch.setattr(kernels, "CHUNK", 3 * 2 * 3 * 8)  # three of its eight columns
     for a, b in zip(spec.results(device), whole, strict=True):
         assert_near(a, b, atol=1e-12, rtol=1e-12)
-    assert (before, len(launches) - before) == (4, 8)
+    assert (before, len(launches) - before) == (4, 2 * (1 + 2 * 3 + 1))
 
 
 def test_gives_the_same_bits(device):
@@ -202,7 +212,7 @@ def test_nothing_is_written_around_the_slopes(size, device):
     guard = Guarded()
     targets = guard.like(x), guard.like(y)
     with override(tile=8, rows=2):
-        for launch in kernels.plan(x, y, (1,) * (len(size) - 1) + (3,), 1e-5, *targets).launches:
+        for launch in kernels.launches(x, y, (1,) * (len(size) - 1) + (3,), 1e-5, *targets, []):
             launch.run()
     guard.assert_kept()
     assert all((written != guard.MARK).all() for written in targets)
@@ -271,7 +281,7 @@ def test_auto_takes_the_kernels_on_a_gpu_alone_and_only_what_is_asked_for(device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 1, 128, 128, 128), (24, 1, 384, 384)], ids=str)
 def test_at_real_sizes(shape, dtype):
-    """As its own torch formulation in float64; memory stays below eight maps, images not counted."""
+    """As its own torch formulation in float64, in the memory of 4.25 maps beside the images."""
     generator = torch.Generator("cuda").manual_seed(0)
     x, own = (torch.rand(shape, generator=generator, device="cuda") for _ in range(2))
     x, y = x.to(dtype), ((x + own) / 2).to(dtype)
@@ -284,7 +294,7 @@ def test_at_real_sizes(shape, dtype):
         loss = ncc_loss(pair[0], wanted, denominator=1.0, impl=impl)
         results.append([loss.detach(), *torch.autograd.grad(loss, wanted)])
         if impl == "triton":
-            assert torch.cuda.max_memory_allocated() - before < 8 * 4 * x.numel()
+            assert torch.cuda.max_memory_allocated() - before < 4.5 * 4 * x.numel()
     (loss, slope), (exact, truth) = results
     assert abs(float(loss - exact)) < 1e-6 * x.numel()
     allowed = torch.finfo(dtype).eps * truth.abs() + 1e-5 * truth.abs().max()
