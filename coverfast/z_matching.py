@@ -128,7 +128,7 @@ class ZMatching(nn.Module):
         theta = self.affine(coarse_a, coarse_b, torch.Size([s * stride for s in grid]))
         # The centre of a coarser grid is that of the image, a displacement fewer of its pixels.
         on_grid = theta if stride == 1 else torch.cat([theta[..., :-1], theta[..., -1:] / stride], 2)
-        aligned = warp(fine_b, affine_dvf(on_grid, grid), impl=self.impl)
+        aligned = warp(fine_b, affine_dvf(on_grid, grid), padding="border", impl=self.impl)
         local = self.deformable(fine_a, aligned)
         for _ in range(self.doublings):
             local = upsample_dvf(local, [2 * s for s in local.shape[2:]])

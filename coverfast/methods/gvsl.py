@@ -123,7 +123,9 @@ class GVSL(Pretext):
         if self.doublings:
             mode = _LINEAR[restored.ndim - 2]
             restored = F.interpolate(restored, size=pair.fixed.shape[2:], mode=mode, align_corners=False)
-        return Matching(matched, warp(pair.moving, matched.dvf, impl=self.impl), restored, features[-1])
+        # Zeros beyond the border would be an edge in a crop from inside an image, and push the map away from it.
+        moved = warp(pair.moving, matched.dvf, padding="border", impl=self.impl)
+        return Matching(matched, moved, restored, features[-1])
 
     def forward(self, pair: Pair, denominator: Tensor | None = None) -> Outcome:
         """The loss, and sums over pixels, see `figures`."""
