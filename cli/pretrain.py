@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coverfast.checks import require
+from coverfast.checks import InputError, require
 from coverfast.cli.options import with_settings
 from coverfast.cli.training import run_training
 from coverfast.training.config import to_toml
@@ -48,6 +48,9 @@ def config(
     """Print the settings of a preset as TOML, for --config."""
     from coverfast.downstream.settings import FinetuneSettings
 
+    kind = FinetuneSettings if finetune else Settings
+    if preset not in kind.presets and f"{preset}-2d" in kind.presets:
+        raise InputError(f"preset must name the axes of the images, {preset}-2d or {preset}-3d, got {preset!r}")
     settings: TrainingSettings = preset_settings(preset, FinetuneSettings) if finetune else preset_settings(preset)
     print(to_toml(settings, comments=True), end="")
 

@@ -40,7 +40,9 @@ _FURTHER = 0.95
 
 @dataclass(frozen=True)
 class DistortionSettings:
-    """How often and how strongly `distort` changes an image; the defaults are Models Genesis'.
+    """How often and how strongly `distort` changes an image; the defaults are in the manner of Models Genesis.
+
+    Chosen here: that in-painting is as likely as there in- and out-painting together, and that curves only increase.
 
     Attributes:
         bezier: probability of a random intensity curve.
@@ -62,7 +64,8 @@ class DistortionSettings:
     def __post_init__(self) -> None:
         """Refuse what is no probability, share or number."""
         for name, value in vars(self).items():
-            require(isfinite(value), f"{name} must be finite, got {value}")
+            number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+            require(number, f"{name} must be a finite number, got {value!r}")
         for name in ("bezier", "shuffle", "inpaint", "shuffle_side", "shuffle_share"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name} must be in [0, 1], got {value}")
@@ -133,6 +136,7 @@ def _checked_positions(batch: int, seed: int, iteration: int, samples: Tensor | 
             raise InputError(f"{name} must be an int in [0, 2^{bits}), got {value!r}")
     if samples is None:
         return np.arange(batch)
+    require(isinstance(samples, Tensor), f"samples must be a torch.Tensor, got {type(samples).__name__}")
     if samples.shape != (batch,) or samples.dtype.is_floating_point:
         raise InputError(
             f"samples must be ({batch},) integers, one an image of x, got {samples.dtype} of shape {shape_of(samples)}"

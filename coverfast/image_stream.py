@@ -188,9 +188,27 @@ class ImageStream(Dataset[Images | InputError]):
         wanted, places = foreground_draws(self.seed, iteration, items, ndim, foreground)
 
         def each(work: Callable[[Ints], None], again: Callable[[Ints], None]) -> None:
-            """Work on the slots of each sample together, which is then read once."""
+            """Work on the slots of each sample together, which is then read once.
+
+            Pairs are mended afterwards, slot by slot: what takes the place of a sample then depends on its pair alone,
+            and not on what else this process reads.
+            """
+            lost: list[int] = []
             for index in dict.fromkeys(chosen.tolist()):
-                settle(np.flatnonzero(chosen == index), work, again)
+                slots = np.flatnonzero(chosen == index)
+                if not self.pairs:
+                    settle(slots, work, again)
+                    continue
+                try:
+                    work(slots)
+                except InputError as error:
+                    if self.on_bad_sample == "stop":
+                        raise
+                    bad.append(str(error))
+                    lost += slots.tolist()
+            for slot in sorted(lost):
+                self._replace(iteration, samples, chosen, np.array([slot]), tried, bad)
+                settle(np.array([slot]), again, again)
 
         def settle(slots: Ints, work: Callable[[Ints], None], again: Callable[[Ints], None]) -> None:
             """Work on a sample, and again on others in its place until one can be read."""
@@ -201,14 +219,7 @@ class ImageStream(Dataset[Images | InputError]):
                     if self.on_bad_sample == "stop":
                         raise
                     bad.append(str(error))
-                # Of several pairs the partners differ, and so may what can take its place.
-                alone = [slots[i : i + 1] for i in range(len(slots))] if self.pairs else [slots]
-                for some in alone:
-                    self._replace(iteration, samples, chosen, some, tried, bad)
-                if len(alone) > 1:
-                    for some in alone:
-                        settle(some, again, again)
-                    return None
+                self._replace(iteration, samples, chosen, slots, tried, bad)
                 work = again
 
         def aim(slots: Ints) -> None:

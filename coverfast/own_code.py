@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -77,11 +78,19 @@ def plain(value: Any, what: str) -> Any:
 
 def _from_file(what: str, path: Path) -> Any:
     require(path.is_file(), f"{what} must be code that can be imported, but there is no file {path}")
-    name = f"coverfast_own_{path.stem}"
+    # One module a file and content: a class made twice would be two classes, and files may share their names.
+    digest = hashlib.sha256(str(path.absolute()).encode() + path.read_bytes()).hexdigest()
+    name = f"coverfast_own_{path.stem}_{digest[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and the like look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module

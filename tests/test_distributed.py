@@ -190,7 +190,16 @@ def test_pairs_of_several_processes_are_those_of_one(shard: Path, tmp_path: Path
         processes = together(count, command, tmp_path / f"log-{count}", "")
         assert [p.wait() for p in processes] == [0] * count, [p.errors for p in processes]
     for alone, shared in zip(*map(lines, runs), strict=True):
-        for name in ("loss", "loss_ncc", "loss_smooth", "loss_restore", "ncc", "grad_norm", "val_ncc", "val_ncc_before"):
+        for name in (
+            "loss",
+            "loss_ncc",
+            "loss_smooth",
+            "loss_restore",
+            "ncc",
+            "grad_norm",
+            "val_ncc",
+            "val_ncc_before",
+        ):
             if name in alone:
                 rounding = 2e-5 if alone["iteration"] == 1 else 2e-3
                 assert shared[name] == pytest.approx(alone[name], rel=rounding, abs=1e-6), name

@@ -134,6 +134,20 @@ def test_the_affine_head_is_bounded_and_differentiable_far_out() -> None:
     assert theta[..., 3].abs().max() < largest
 
 
+def test_the_bounds_are_those_of_the_paper_along_every_axis() -> None:
+    head = AffineHead(3, 2)
+    for layer in head.layers.values():
+        torch.nn.init.constant_(layer.bias, 50.0)
+    theta = head(torch.zeros(1, 2, 2, 2, 2), torch.zeros(1, 2, 2, 2, 2), torch.Size([32, 64, 16]))
+    expected = compose_affine(
+        torch.full((1, 3), pi / 9),
+        torch.full((1, 3), 1.25),
+        torch.full((1, 6), pi / 18),
+        0.25 * torch.tensor([[32.0, 64.0, 16.0]]),
+    )
+    torch.testing.assert_close(theta, expected)
+
+
 def test_the_affine_head_sees_where_features_lie_whatever_the_size() -> None:
     """A mean over the grid alone would give both the same map."""
     head = AffineHead(2, 1)
@@ -231,6 +245,25 @@ def test_parts_of_a_batch_add_up() -> None:
     assert together == pytest.approx({k: float(v) for k, v in m(m.prepare(whole)).sums.items()}, rel=1e-4)
 
 
+def test_a_is_restored_from_its_own_features() -> None:
+    m = moved(method())
+    pair = m.prepare(batch(count=1))
+    seen = pair.seen.clone().requires_grad_()
+    m.match(pair._replace(seen=seen)).restored.square().sum().backward()
+    assert seen.grad is not None
+    assert seen.grad[0].abs().max() > 0
+    assert not seen.grad[1].any()
+
+
+def test_b_is_sampled_with_its_border_repeated() -> None:
+    m = moved(method())
+    pair = m.prepare(batch())
+    pair = pair._replace(seen=pair.seen.clone().add_(1))  # no black border to hide in
+    found = m.match(pair)
+    torch.testing.assert_close(found.moved, warp(pair.moving, found.matched.dvf, padding="border"))
+    assert (found.moved - warp(pair.moving, found.matched.dvf)).abs().max() > 0.5
+
+
 def test_every_weight_learns() -> None:
     m = moved(method(3))
     m(m.prepare(batch(3))).loss.backward()
@@ -266,12 +299,21 @@ def test_a_step_is_one_graph() -> None:
         ({"window": 4}, "window must be an odd int of at least 3, got 4"),
         ({"smooth": -1.0}, "smooth must be a weight of at least 0, got -1.0"),
         ({"restore": "much"}, "restore must be a weight of at least 0, got 'much'"),
+        ({"smooth": True}, "smooth must be a weight of at least 0, got True"),
+        ({"bezier": "often"}, "bezier must be a finite number, got 'often'"),
         ({"bezier": 1.5}, r"bezier must be in \[0, 1\], got 1.5"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         method(**options)
+
+
+def test_a_crop_of_one_int_and_half_a_pair() -> None:
+    m = GVSL(UNet(2, 1, (8, 8, 8)), crop=16)
+    assert m.crop == (16, 16)
+    with pytest.raises(InputError, match="a batch must hold pairs of images, got 3"):
+        m.prepare(batch(count=2).first(3))
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from coverfast.backbones import load_backbone
 from coverfast.checks import InputError
 from coverfast.cli.main import app
+from coverfast.export.facts import Facts
 from coverfast.methods.choosing import method_class
 from coverfast.training import plan as library
 from coverfast.training.restore import restore_method
@@ -147,6 +148,80 @@ def test_two_images_are_matched_on_the_command_line(shard: Path, tmp_path: Path)
     assert "images must be at least 2 for a method that learns from pairs, got 1" in str(alone.exception)
 
 
+_FAULTS = """
+from coverfast.methods.gvsl import GVSL
+
+
+class Mute(GVSL):
+    def figures(self, sums):
+        return {}
+
+
+class Text(GVSL):
+    def figures(self, sums):
+        return {"loss": 1.0, "note": "fine"}
+
+
+class Greedy(GVSL):
+    def figures(self, sums):
+        return {"loss": 1.0, "iteration": 77.0}
+
+
+class Blind(GVSL):
+    def pictures(self, batch):
+        raise ZeroDivisionError("no paint")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Mute", "figures of a method must hold 'loss', got {}"),
+        ("Text", "figures of a method must be numbers, got 'fine' for 'note'"),
+        ("Greedy", "figures of a method must have names that are free, got 'iteration'"),
+    ],
+)
+def test_figures_that_are_none_are_refused_before_the_start(
+    name: str, message: str, shard: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "faults.py").write_text(_FAULTS)
+    with pytest.raises(InputError, match=re.escape(message)):
+        start(shard, tmp_path / "run", method=f"{tmp_path / 'faults.py'}:{name}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_that_fail_leave_the_training_alone(shard: Path, tmp_path: Path) -> None:
+    (tmp_path / "faults.py").write_text(_FAULTS)
+    notes: list[str] = []
+    found = ready(shard, tmp_path / "run", method=f"{tmp_path / 'faults.py'}:Blind", report_every=2)
+    found.on_note = notes.append
+    run = found.start()
+    assert run.backbone.exists()
+    assert [n for n in notes if "no pictures" in n and "no paint" in n]
+
+
+def test_a_file_of_code_is_one_module(own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class made twice would be two classes, which cannot go to another process; files may share a name."""
+    path = Path(own.rpartition(":")[0])
+    assert method_class(own) is method_class(own)
+    other = tmp_path / path.name
+    other.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    there = method_class(f"{other}:Restoration")
+    assert there is not method_class(own)
+    assert there.__module__ != method_class(own).__module__
+
+
+def test_code_in_the_current_folder_is_found_from_any_other(
+    shard: Path, own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "near.py").write_text(Path(own.rpartition(":")[0]).read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path / "here")
+    run = start(shard, tmp_path / "run", method="near.py:Restoration", iterations=1)
+    monkeypatch.chdir(tmp_path)
+    assert resume(run, iterations=2).settings.method == f"{tmp_path / 'here' / 'near.py'}:Restoration"
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +254,7 @@ def test_presets_by_method_and_shard(flags: dict[str, str], preset: str, shard: 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "gvsl", "window": (9,)}, "window is a setting of the method cover, but the method is gvsl"),
+        ({"method": "gvsl", "window": (9,)}, "window is a setting of the method cover, .* by --method-args"),
         ({"method": "gvsl", "rotation": 0.1}, "rotation is a setting of the method cover, but the method is gvsl"),
         ({"method": "gvls"}, r"method must be cover, gvsl, or code of your own: .*, got 'gvls'"),
         ({"method_args": ["window=3"]}, "method_args are for other methods than cover"),
@@ -250,7 +325,12 @@ def test_code_of_ones_own_may_move_but_is_told_when_it_changes(shard: Path, own:
 
 
 def test_what_is_kept_names_no_place(shard: Path, own: str, tmp_path: Path) -> None:
-    run = start(shard, tmp_path / "run", method=own, iterations=1)
+    run = start(shard, tmp_path / "run", method=own, method_args=["weight=2.0"], iterations=1)
+    settings = {"method": "/home/mueller/net.py:M", "method_args": ["weight=2.0", "atlas='/home/mueller/a'", "on=True"]}
+    kept, left = Facts.of({"settings": settings}, "a file")
+    assert kept.settings == {"method": "own", "method_args": ["weight=2.0", "on=True"]}
+    assert not left
+    assert b"weight=2.0" in run.backbone.read_bytes()
     assert str(Path(own).parent).encode() not in run.backbone.read_bytes()
     assert b"restoration.py:Restoration" in run.backbone.read_bytes()
 

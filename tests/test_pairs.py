@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -126,6 +127,27 @@ def test_a_sample_that_cannot_be_read_is_never_replaced_by_its_partner(tmp_path:
         assert (images.indices[::2] != images.indices[1::2]).all()
         assert not (images.indices == lost).any()
     assert replaced > 10
+
+
+def test_what_takes_the_place_of_a_sample_does_not_depend_on_the_processes(
+    shard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With half of the samples lost, partners are lost together and one after the other."""
+    real = ShardSet.pixels
+
+    def pixels(self: ShardSet, index: int, *more: Any) -> Any:
+        if index in (0, 2, 5):
+            raise InputError(f"sample {index} cannot be read")
+        return real(self, index, *more)
+
+    monkeypatch.setattr(ShardSet, "pixels", pixels)
+    whole, parts = (
+        [stream(shard, on_bad_sample="skip", rank=rank, world=world) for rank in range(world)] for world in (1, 4)
+    )
+    for iteration in range(1, 60):
+        together = whole[0].load(iteration).indices
+        assert torch.equal(torch.cat([part.load(iteration).indices for part in parts]), together)
+        assert (together[::2] != together[1::2]).all()
 
 
 def _readable(found: ImageStream, index: int) -> bool:

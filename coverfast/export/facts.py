@@ -24,6 +24,7 @@ from coverfast.ingest.presets import PRESETS
 from coverfast.ingest.presets import preprocessing as preset_settings
 from coverfast.method_names import is_own
 from coverfast.report.metrics import last_figures
+from coverfast.training.config import numbers_of
 from coverfast.training.settings import OF_COVER, Settings
 
 _WORD = re.compile(r"[A-Za-z0-9][\w.:+-]{0,99}", re.ASCII)
@@ -136,9 +137,13 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
         kept["backbone"] = "own"  # its description says more, and no place
     if isinstance(found := kept.get("method"), str) and is_own(found):
         kept["method"] = "own"
+    args = kept.get("method_args")
+    kept["method_args"] = numbers_of(map(str, args)) if isinstance(args, (list, tuple)) else []
     if kept.get("backbone", "unet") != "unet":
         kept.pop("channels", None)  # those of a U-Net that is not there
-    return {name: value for name, value in kept.items() if _plain(value) or (name in _WORDS and _is_word(value))}
+    travels = {name for name, value in kept.items() if _plain(value) or (name in _WORDS and _is_word(value))}
+    travels |= {"method_args"} if kept.get("method_args") else set()
+    return {name: value for name, value in kept.items() if name in travels}
 
 
 def _preprocessing(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from coverfast.report.metrics import meaning
 _LIBRARIES = {"timm": "timm", "monai": "MONAI", "smp": "segmentation_models_pytorch"}
 #: Settings that a reader asks for first; config.json has all.
 _SHOWN = (
-    *("method", "preset", "iterations", "batch", "crop", "strength", "foreground", "groups", "head_dim", "window"),
+    *("method", "method_args", "preset", "iterations", "batch", "crop", "strength", "foreground"),
+    *("groups", "head_dim", "window"),
     *("optimizer", "lr", "schedule", "warmup", "weight_decay", "clip", "ema", "seed"),
 )
 #: Patterns of the figures that are shown, in order.

@@ -6,7 +6,7 @@ docs/methods.md tells how to write one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from coverfast.checks import check_choice
+from coverfast.checks import check_choice, per_axis
 from coverfast.crops import CropRegions, crop_images
+from coverfast.geometry import Size
 from coverfast.ops.dispatch import IMPLEMENTATIONS
 
 
@@ -171,16 +172,17 @@ class Pretext(Method):
 
     Args:
         backbone: the network that is kept when training is done, a `coverfast.backbones.Backbone`.
-        crop: size of what the network sees of an image, one int an axis.
+        crop: size of what the network sees of an image, an int or one per axis.
         pad: allow crops larger than an image, see `crop_images`.
         impl: implementation of the ops, see `coverfast.mov`.
     """
 
-    def __init__(self, backbone: nn.Module, *, crop: tuple[int, ...], pad: bool = False, impl: str = "auto") -> None:
+    def __init__(self, backbone: nn.Module, *, crop: Size, pad: bool = False, impl: str = "auto") -> None:
         super().__init__()
         check_choice("impl", impl, IMPLEMENTATIONS)
-        self.backbone, self.crop, self.pad, self.impl = backbone, crop, pad, impl
-        self.regions = CropRegions(crop, self.pairs)
+        self.backbone, self.pad, self.impl = backbone, pad, impl
+        self.crop = per_axis("crop", crop, len(crop) if isinstance(crop, Sequence) else int(backbone.ndim))  # type: ignore[arg-type]
+        self.regions = CropRegions(self.crop, self.pairs)
 
     def crops(self, batch: Batch) -> Tensor:
         """A random crop of each image, `(B, C, *crop)` float32, those of a pair at the same place; see `crop_images`.

@@ -14,6 +14,7 @@ from coverfast.backbones.base import Backbone
 from coverfast.backbones.unet import conv_group
 from coverfast.checks import require
 from coverfast.distortions import DistortionSettings, distort
+from coverfast.geometry import Size
 from coverfast.methods import Batch, Outcome, Pretext, Shown, evaluating
 from coverfast.ops.mov import accumulation_dtype
 from coverfast.ops.ncc import ncc_loss
@@ -71,7 +72,7 @@ class GVSL(Pretext):
         self,
         backbone: Backbone,
         *,
-        crop: tuple[int, ...],
+        crop: Size,
         pad: bool = False,
         impl: str = "auto",
         window: int = 9,
@@ -87,7 +88,7 @@ class GVSL(Pretext):
             f"window must be an odd int of at least 3, got {window!r}",
         )
         for name, weight in (("smooth", smooth), ("restore", restore)):
-            number = isinstance(weight, int | float) and 0 <= weight < float("inf")
+            number = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < float("inf")
             require(number, f"{name} must be a weight of at least 0, got {weight!r}")
         self.window, self.smooth, self.restore = window, float(smooth), float(restore)
         self.distortion = DistortionSettings(bezier=bezier, shuffle=shuffle, inpaint=inpaint)
@@ -104,17 +105,18 @@ class GVSL(Pretext):
     def prepare(self, batch: Batch) -> Pair:
         """Cut the images and change the appearance of A."""
         crops = self.crops(batch)
+        require(len(crops) % 2 == 0, f"a batch must hold pairs of images, got {len(crops)}")
         fixed, moving = crops[::2].contiguous(), crops[1::2]
         drawn: dict[str, Any] = {"seed": batch.seed, "iteration": batch.iteration, "samples": batch.samples[::2]}
         return Pair(torch.cat([distort(fixed, **drawn, settings=self.distortion), moving]), fixed)
 
     def count(self, pair: Pair) -> Tensor:
         """Pixels of the fixed images."""
-        return torch.tensor(pair.fixed[:, 0].numel(), dtype=torch.float64, device=pair.fixed.device)
+        return torch.full((), float(pair.fixed[:, 0].numel()), dtype=torch.float64, device=pair.fixed.device)
 
     def match(self, pair: Pair) -> Matching:
         """Bring B over to A and restore A."""
-        # Nothing in the backbone mixes samples, so both images pass as one batch.
+        # Nothing in the U-Net mixes samples, so both images pass as one batch; batch norms would see both alike.
         features = self.backbone(pair.seen)
         coarse, fine = features[0].chunk(2), features[-1].chunk(2)
         matched = self.matching(*coarse, *fine)
@@ -131,8 +133,7 @@ class GVSL(Pretext):
         """The loss, and sums over pixels, see `figures`."""
         found, channels = self.match(pair), pair.fixed.shape[1]
         pixels = pair.fixed[:, 0].numel()
-        over = torch.full((), float(pixels), dtype=torch.float64, device=pair.fixed.device)
-        over = over if denominator is None else denominator
+        over = self.count(pair) if denominator is None else denominator
 
         def dissimilarity(image: Tensor) -> Tensor:
             return ncc_loss(pair.fixed, image, self.window, denominator=over * channels, impl=self.impl)

@@ -56,6 +56,12 @@ class Panel:
         tops = [_curve(axes, metrics["iteration"], metrics[c.key], c, positive=self.log) for c in curves]
         if self.log:
             axes.set_yscale("log")
+            # Four decades show what there is to see of a sum of losses; within one, plain numbers fit beside the panel.
+            low, high = axes.get_ylim()
+            axes.set_ylim(bottom=max(low, high * 1e-4))
+            if high < 10 * low:
+                axes.yaxis.set_major_formatter(lambda v, _: f"{v:.3g}")
+                axes.yaxis.set_minor_formatter(lambda v, _: f"{v:.3g}")
         else:
             axes.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.3g} %" if self.share else f"{v:.3g}")
             if self.zero:

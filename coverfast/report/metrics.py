@@ -20,13 +20,13 @@ _BLOCK = 8192
 
 #: What figures are, by name; `NAME_0`, `NAME_1`, ... are those of the levels, and `val_NAME` of held-out samples.
 MEANINGS = {
-    "loss": "what is minimised, the sum of the losses below",
+    "loss": "what is minimised",
     "loss_vec": "L1 distance between predicted and true displacement, px",
     "loss_con": "1 - cosine between the features of both views at the same place",
     "loss_dice": "soft Dice loss of the batch, over the foreground classes",
     "loss_ce": "cross-entropy of the batch",
     "loss_ncc": "1 - ncc",
-    "loss_smooth": "roughness of the displacement: mean square of its forward differences",
+    "loss_smooth": "squared forward differences of the displacement, summed over axes and components, mean over pixels",
     "loss_restore": "mean square error of the image restored from its distorted form",
     "dsc": "Dice similarity, mean over cases and foreground classes",
     "auc": "area under the ROC curve, one class against the rest",
@@ -54,7 +54,7 @@ MEANINGS = {
     "data_wait": "share of the time spent waiting for data",
     "seconds": "seconds an iteration",
     "iterations_per_s": "iterations a second",
-    "images_per_s": "images a second",
+    "images_per_s": "images, or pairs of them, a second",
     "mfu": "floating point operations over what the devices can do",
     "peak_memory_gb": "most memory used, GB",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
@@ -21,7 +22,7 @@ def to_toml(
 ) -> str:
     """The settings as a TOML document, with the help of every key as a comment or with further tables behind."""
     lines = []
-    for f in fields(settings):
+    for f in settings.told:
         line = f"{f.name} = {_toml_value(getattr(settings, f.name))}"
         lines.append(f"{line:<48}# {f.metadata['help']}" if comments else line)
     for title, table in (tables or {}).items():
@@ -80,10 +81,10 @@ def changed_settings(stored: Mapping[str, Any], settings: TrainingSettings) -> s
 
 def _another(name: str, old: Any, new: Any) -> bool:
     """Whether a setting was changed; the user's own code may have moved."""
-    if (name == "backbone" and kind_of(old) == kind_of(new) == "own") or (
-        name == "method" and is_own(old) and is_own(new)
-    ):
+    if name == "backbone" and kind_of(old) == kind_of(new) == "own":
         return False
+    if name == "method" and is_own(old) and is_own(new):
+        return old.rpartition(":")[2] != new.rpartition(":")[2]
     return old != new
 
 
@@ -99,8 +100,14 @@ _PLACES = ("data", "val", "run")
 def travelling(settings: TrainingSettings) -> dict[str, Any]:
     """The settings as JSON-able values for files that go to others: config.toml says where things lie."""
     found = {name: value for name, value in as_plain(settings).items() if name not in _PLACES}
-    found |= {"method": without_folder(found["method"])} if "method" in found else {}
+    if "method" in found:
+        found |= {"method": without_folder(found["method"]), "method_args": numbers_of(found["method_args"])}
     return found | {"init": "other weights" if settings.init else ""}
+
+
+def numbers_of(args: Iterable[str]) -> list[str]:
+    """Those arguments whose value is a number or a truth value, which name no place."""
+    return [arg for arg in args if re.fullmatch(r"\w+=(-?[\d.]+(e[+-]?\d+)?|True|False)", arg, re.ASCII)]
 
 
 def as_plain(settings: TrainingSettings) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from coverfast.backbones.files import backbone_bytes
 from coverfast.checks import InputError
 from coverfast.disk import write_atomically
 from coverfast.methods import Batch, Pretext
+from coverfast.own_code import refusing
 from coverfast.training.assembly import build_method
 from coverfast.training.config import travelling
 from coverfast.training.data import held_out
@@ -101,8 +102,10 @@ class Pretraining(Training):
             from coverfast.report.sheet import need_matplotlib
 
             need_matplotlib()
-            with torch.no_grad(), self.engine.autocast():
-                seen = on_host(method.pictures(next(self._held_out(1))))
+            batch = next(self._held_out(1))
+            # Whatever an own method does wrong here, the training is worth more than its pictures.
+            with refusing("pictures must be what the method can make"), torch.no_grad(), self.engine.autocast():
+                seen = on_host(method.pictures(batch))
             about = {
                 "run": self.run.folder,
                 "method": self.settings.method,
@@ -114,4 +117,5 @@ class Pretraining(Training):
             write_report(self.run.report, seen, load_metrics(self.run.metrics), title=title, about=about)
         except InputError as error:
             self._note(f"no pictures: {error}")
-        method.train()
+        finally:
+            method.train()

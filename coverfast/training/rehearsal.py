@@ -7,14 +7,16 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from coverfast.checks import require
 from coverfast.disk import byte_count
 from coverfast.methods import Batch
 from coverfast.training.engine import Engine
 from coverfast.training.estimate import duration, matrix_rate
-from coverfast.training.telemetry import peak_memory
+from coverfast.training.telemetry import TAKEN, peak_memory
 
 #: A first step that takes longer than this is not repeated without what only a first step does.
 _LONG = 20.0
@@ -33,6 +35,20 @@ class Rehearsal:
     rate: float
 
 
+def check_figures(found: Any) -> None:
+    """Refuse what a method calls figures and is none: they must be numbers, "loss" among them, of names that are free.
+
+    Raises:
+        InputError: naming the figure.
+    """
+    require(isinstance(found, dict) and "loss" in found, f"figures of a method must hold 'loss', got {found!r:.80}")
+    for name, value in found.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        require(number, f"figures of a method must be numbers, got {value!r:.40} for {name!r}")
+        free = isinstance(name, str) and name.isidentifier() and not name.startswith("val_") and name not in TAKEN
+        require(free, f"figures of a method must have names that are free, got {name!r}")
+
+
 def rehearse(engine: Engine, batch: Batch, flops: float) -> Rehearsal:
     """Forward and backward of a batch, as the training will do them; the weights are left as they are.
 
@@ -42,7 +58,7 @@ def rehearse(engine: Engine, batch: Batch, flops: float) -> Rehearsal:
     seconds = math.inf
     for attempt in range(2):
         before = time.perf_counter()
-        engine.step(batch, update=False, watch=world.writes and not attempt)
+        row = engine.step(batch, update=False, watch=world.writes and not attempt)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         took = time.perf_counter() - before
@@ -50,6 +66,7 @@ def rehearse(engine: Engine, batch: Batch, flops: float) -> Rehearsal:
         if world.same(took > _LONG and not (attempt or engine.settings.compile)):
             break
     engine.optimizer.zero_grad(set_to_none=True)
+    check_figures(engine.method.figures(dict(zip(engine.names[:-2], row.tolist(), strict=False))))
     held = (getattr(p, "_local_tensor", p) for p in engine.method.parameters())
     moments = 8 * sum(p.numel() for p in held)
     dtype = torch.bfloat16 if engine.choices.precision == "bfloat16" else torch.float32

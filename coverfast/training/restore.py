@@ -11,6 +11,7 @@ import torch
 from coverfast.backbones import Backbone, load_state
 from coverfast.backbones.files import Tell
 from coverfast.checks import require
+from coverfast.method_names import is_own
 from coverfast.methods import Pretext
 from coverfast.training.assembly import build_backbone, build_method
 from coverfast.training.checkpoints import read_checkpoint
@@ -70,6 +71,10 @@ def restore_method(
     require(kind == Settings.kind, f"{path} must be a checkpoint of a {Settings.kind}, but it is one of a {kind}")
     values = dict(state["settings"])
     settings, data = resolve(str(values.get("preset")), values), state["data"]
+    require(
+        own_method is None or (is_own(own_method) and settings.own_method is not None),
+        f"method must be left out but for a run of a method of your own, got {own_method} for one of {settings.method}",
+    )
     if settings.own:
         require(own is not None, f"{path} is of a network of your own ({settings.own}): say --backbone {settings.own}")
         settings = replace(settings, backbone=str(own))

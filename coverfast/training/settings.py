@@ -142,6 +142,11 @@ class TrainingSettings:
         return "more --accumulate, "
 
     @property
+    def told(self) -> list[Field[Any]]:
+        """The settings that count, for files that people read."""
+        return list(fields(self))
+
+    @property
     def label(self) -> str:
         """What the folder of a run is called by default, after its date."""
         return self.preset
@@ -230,9 +235,9 @@ class Settings(TrainingSettings):
     )
     method: str = setting("cover", KNOWN)
     method_args: Strs = setting((), "argument of a method other than cover, KEY=VALUE; may be repeated")
-    groups: Ints = setting((4, 4, 4, 1, 1), "groups of each pyramid level, coarse to fine", least=1)
-    head_dim: int = setting(8, "channels of a group", least=1)
-    window: Ints = setting((7,), "odd matching window: one int, one per axis or one per level", least=1)
+    groups: Ints = setting((4, 4, 4, 1, 1), "COVER: groups of each pyramid level, coarse to fine", least=1)
+    head_dim: int = setting(8, "COVER: channels of a group", least=1)
+    window: Ints = setting((7,), "COVER: odd matching window: one int, one per axis or one per level", least=1)
 
     @classmethod
     def preset_for(cls, name: str, ndim: int, *, small: bool, method: str) -> str:
@@ -241,6 +246,11 @@ class Settings(TrainingSettings):
         if not name and method == "gvsl":
             return f"small-gvsl-{ndim}d" if small else f"gvsl-{ndim}d"
         return usual
+
+    @property
+    def told(self) -> list[Field[Any]]:
+        """See `TrainingSettings`."""
+        return [f for f in fields(self) if self.method == "cover" or f.name not in OF_COVER]
 
     @property
     def own_method(self) -> str | None:
@@ -258,7 +268,8 @@ class Settings(TrainingSettings):
             for name in OF_COVER:
                 require(
                     getattr(self, name) == getattr(usual, name),
-                    f"{name} is a setting of the method cover, but the method is {self.method}; leave it out",
+                    f"{name} is a setting of the method cover, but the method is {self.method}; leave it out (what "
+                    f"{self.method} has is given by --method-args)",
                 )
         if self.backbone == "unet":
             self.unet_channels()

@@ -19,6 +19,9 @@ from coverfast.methods import Method
 from coverfast.training.world import World
 
 Record = dict[str, float]
+#: Names of the figures that the loop adds to those of the method.
+TAKEN = {"iteration", "grad_norm", "skipped", "lr", "seconds", "data_wait", "iterations_per_s", "images_per_s", "mfu"}
+TAKEN |= {"peak_memory_gb"}
 
 
 class Spent(NamedTuple):
