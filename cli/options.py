@@ -57,7 +57,8 @@ def with_settings(settings: type) -> Callable[[Callable[..., None]], Callable[..
     """Give a command a flag for every field of a settings class; it receives those that were given as `flags`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        names = [f.name for f in fields(settings)]
+        ordered = sorted(fields(settings), key=lambda f: f.name != "preset" and not f.metadata.get("first", False))
+        names = [f.name for f in ordered]
 
         def wrapped(**values: Any) -> None:
             flags = {n: values.pop(n) for n in names}
@@ -65,7 +66,7 @@ def with_settings(settings: type) -> Callable[[Callable[..., None]], Callable[..
 
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
         own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        parameters = [*own, *(_option(f) for f in fields(settings))]
+        parameters = [*own, *(_option(f) for f in ordered)]
         wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
         wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__

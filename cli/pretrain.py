@@ -40,15 +40,18 @@ def pretrain(
 
 
 def config(
-    preset: Annotated[str, typer.Argument(help=", ".join(Settings.presets))],
+    preset: Annotated[str | None, typer.Argument(help=", ".join(Settings.presets))] = None,
     finetune: Annotated[
         bool, typer.Option("--finetune", help="settings of finetune and probe, not of pretrain")
     ] = False,
 ) -> None:
-    """Print the settings of a preset as TOML, for --config."""
+    """Print the settings of a preset as TOML, for --config; without a preset their names."""
     from coverfast.downstream.settings import FinetuneSettings
 
     kind = FinetuneSettings if finetune else Settings
+    if preset is None:
+        print("\n".join(kind.presets))
+        return
     if preset not in kind.presets and f"{preset}-2d" in kind.presets:
         raise InputError(f"preset must name the axes of the images, {preset}-2d or {preset}-3d, got {preset!r}")
     settings: TrainingSettings = preset_settings(preset, FinetuneSettings) if finetune else preset_settings(preset)

@@ -30,8 +30,10 @@ _FIGURES = (
     ("epe", "epe {:.2f} px"),
     ("epe_ratio", "ratio {:.3f}"),
     ("ncc", "NCC {:.3f}"),
+    ("ncc_before", "from {:.3f}"),
     ("val_epe", "held out {:.2f} px"),
     ("val_ncc", "held out NCC {:.3f}"),
+    ("val_ncc_before", "from {:.3f}"),
     ("val_dsc", "held out DSC {:.3f}"),
     ("val_auc", "held out AUC {:.3f}"),
 )

@@ -26,7 +26,7 @@ def run_training(ready: Training, command: str) -> None:
         f"{ready.world.size} processes on {ready.engine.device.type}" if ready.world.size > 1 else ready.engine.device
     )
     print(
-        f"{s.preset}: iterations {ready.first} to {s.iterations}, batch {s.batch}, crop {'x'.join(map(str, s.crop))}, "
+        f"{s.label}: iterations {ready.first} to {s.iterations}, batch {s.batch}, crop {'x'.join(map(str, s.crop))}, "
         f"{len(ready.shards)} sample(s) of {_first_of(ready.shards.paths)} (split {ready.shards.split}), "
         f"{len(ready.val) if ready.val else 0} held out, {ready.engine.choices.precision} on {where}"
     )

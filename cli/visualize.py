@@ -65,6 +65,7 @@ def visualize(
     entries: list[Entry] = []
     refused = list(found.refused)
     fixed: Tensor | None = None
+    before = ""
     with _progress(len(sources)) as (tell, step):
         for note in (*restored.notes, *(f"note: {text}" for text in notes)):
             tell(note)
@@ -76,7 +77,7 @@ def visualize(
                 step()
                 continue
             if pairs and fixed is None:
-                fixed, first = image, source.path
+                fixed, first, before = image, source.path, f"{name}-"
                 step()
                 continue
             batch = _batch([image] if fixed is None else [fixed, image], seed)
@@ -88,6 +89,7 @@ def visualize(
                 "checkpoint": f"{checkpoint}, iteration {restored.iteration}",
                 "views": f"{'x'.join(map(str, trained.crop))}, seed {seed}",
             }
+            name = before + name
             page = write_report(folder / name, pictures, metrics, title=name, about=about)
             summary = pictures.summary() if pictures else "no pictures"
             apart = isinstance(pictures, Pictures) and not pictures.mask.any()

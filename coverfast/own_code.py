@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -34,7 +35,10 @@ def imported(what: str, place: str, known: str) -> Any:
         sys.path.append(folder)
     with refusing(f"{what} must be code that can be imported, {place} for one"):
         module = _from_file(what, Path(where)) if where.endswith(".py") else importlib.import_module(where)
-        return getattr(module, attribute)
+    close = difflib.get_close_matches(attribute, vars(module), 1)
+    meant = f"; did you mean {close[0]!r}?" if close else ""
+    require(hasattr(module, attribute), f"{what} must be code that is there, but {where} has no {attribute!r}{meant}")
+    return getattr(module, attribute)
 
 
 @contextmanager

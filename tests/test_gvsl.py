@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import cos, pi, sin
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_the_field_is_the_affine_map_after_the_deformation() -> None:
 def test_a_network_that_ends_above_the_pixel_gets_a_field_of_the_image(ndim: int) -> None:
     """Its affine map, seen on the coarser grid, is the same map: half a pixel of it would show."""
     size = (64, 48, 32)[:ndim]
-    backbone = choose("tests.own_network:Small", ["normed=False"], ndim=ndim, in_channels=1)
+    backbone = choose(f"{Path(__file__).with_name('own_network.py')}:Small", ["normed=False"], ndim=ndim, in_channels=1)
     m = moved(GVSL(backbone, crop=size), by=1.0)
     torch.nn.init.zeros_(m.matching.deformable.field.weight)
     torch.nn.init.zeros_(m.matching.deformable.field.bias)

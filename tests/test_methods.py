@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from training_runs import TINY, make_shard, resume, same, weights, without_pictures
 from typer.testing import CliRunner
 
 from coverfast.backbones import load_backbone
@@ -22,7 +23,6 @@ from coverfast.training import plan as library
 from coverfast.training.restore import restore_method
 from coverfast.training.runs import Run
 from coverfast.training.settings import Settings, preset_settings, resolve
-from tests.training_runs import TINY, make_shard, resume, same, weights, without_pictures
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 #: What GVSL and a method of one's own take of a tiny run: nothing that is COVER's.
@@ -102,7 +102,12 @@ def test_a_small_network_and_any_backbone(shard: Path, tmp_path: Path) -> None:
     run = start(shard, tmp_path / "run", method="gvsl", channels=(8, 8, 16), iterations=1)
     assert load_backbone(run.backbone, tell=None).strides == (4, 2, 1)
     flags = {k: v for k, v in OF_ALL.items() if k != "channels"}
-    foreign = {"backbone": "tests.own_network:Small", "method": "gvsl", "iterations": 2, "preset": "small-2d"}
+    foreign = {
+        "backbone": f"{Path(__file__).with_name('own_network.py')}:Small",
+        "method": "gvsl",
+        "iterations": 2,
+        "preset": "small-2d",
+    }
     found = library.plan({**flags, **foreign, "data": str(shard), "run": str(tmp_path / "foreign")})
     found.on_note = lambda text: None
     assert [r["skipped"] for r in records(without_pictures(found).start())] == [0, 0]
@@ -256,7 +261,7 @@ def test_presets_by_method_and_shard(flags: dict[str, str], preset: str, shard: 
     [
         ({"method": "gvsl", "window": (9,)}, "window is a setting of the method cover, .* by --method-args"),
         ({"method": "gvsl", "rotation": 0.1}, "rotation is a setting of the method cover, but the method is gvsl"),
-        ({"method": "gvls"}, r"method must be cover, gvsl, or code of your own: .*, got 'gvls'"),
+        ({"method": "gvls"}, r"method must be cover, gvsl, or code of your own: .*, got 'gvls'; did you mean 'gvsl'"),
         ({"method_args": ["window=3"]}, "method_args are for other methods than cover"),
     ],
 )
@@ -278,8 +283,11 @@ def test_settings_that_do_not_fit_are_refused(given: dict[str, Any], message: st
             {"method": "nowhere.py:Method"},
             "method must be code that can be imported, but there is no file .*nowhere.py",
         ),
-        ({"method": "json:JSONDecoder"}, r"method must be a class that is a coverfast.methods.Pretext, but json:JSON"),
-        ({"method": "coverfast.methods:Nothing"}, r"method must be code that can be imported, .* has no attribute"),
+        (
+            {"method": "json:JSONDecoder"},
+            r"method must be a class derived from coverfast.methods.Pretext, but json:JSON",
+        ),
+        ({"method": "coverfast.methods:Prextext"}, r"coverfast.methods has no 'Prextext'; did you mean 'Pretext'"),
     ],
 )
 def test_methods_that_cannot_be_are_refused(flags: dict[str, Any], message: str, shard: Path, tmp_path: Path) -> None:
@@ -333,6 +341,19 @@ def test_what_is_kept_names_no_place(shard: Path, own: str, tmp_path: Path) -> N
     assert b"weight=2.0" in run.backbone.read_bytes()
     assert str(Path(own).parent).encode() not in run.backbone.read_bytes()
     assert b"restoration.py:Restoration" in run.backbone.read_bytes()
+
+
+def test_arguments_of_ones_own_are_told(shard: Path, own: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"arguments of the method .*, it has weight; got 'wieght'"):
+        ready(shard, tmp_path / "run", method=own, method_args=["wieght=2"])
+
+
+def test_a_run_is_called_by_its_method() -> None:
+    assert resolve("small-2d", {}).label == "small-2d"
+    assert resolve("small-gvsl-3d", {}).label == "small-gvsl-3d"
+    assert resolve("paper-2d", {"method": "gvsl"}).label == "gvsl-paper-2d"
+    assert resolve("small-gvsl-2d", {"method": "cover"}).label == "cover-small-gvsl-2d"
+    assert resolve("small-2d", {"method": "/somewhere/net.py:Mine"}).label == "mine-small-2d"
 
 
 def test_names() -> None:

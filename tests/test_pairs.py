@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from training_runs import make_shard
 
 from coverfast.checks import InputError
 from coverfast.crops import CropRegions, crop_images
 from coverfast.image_stream import Images, ImageStream
 from coverfast.loader import load_batches, to_device
 from coverfast.shard_set import ShardSet
-from tests.training_runs import make_shard
 
 CPU = torch.device("cpu")
 

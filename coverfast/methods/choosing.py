@@ -31,7 +31,7 @@ def method_class(name: str) -> type[Pretext]:
     else:
         found = imported("method", name, KNOWN)
     fits = isinstance(found, type) and issubclass(found, Pretext)
-    require(fits, f"method must be a class that is a coverfast.methods.Pretext, but {name} is {found!r:.60}")
+    require(fits, f"method must be a class derived from coverfast.methods.Pretext, but {name} is {found!r:.60}")
     kind: type[Pretext] = found
     return kind
 
@@ -52,11 +52,11 @@ def build(
     """
     kind, values = method_class(name), parsed(args, "method_args")
     taken = inspect.signature(kind.__init__).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-        known = [key for key in taken if key not in _COMMON]
-        for key in values:
-            has = f"it has {', '.join(known)}" if known else "it has none"
-            require(key in known, f"method_args must be arguments of the method {name}, {has}; got {key!r}")
+    known = [key for key, p in taken.items() if key not in _COMMON and p.kind is not p.VAR_KEYWORD]
+    has = f"it has {', '.join(known)}" if known else "it has none"
+    # Further keywords of a class are for its base, which takes no more than all methods do.
+    for key in values:
+        require(key in known, f"method_args must be arguments of the method {name}, {has}; got {key!r}")
     common: dict[str, Any] = {"crop": crop, "pad": pad, "impl": impl}
     with refusing(f"method {name} must be called as {kind.__name__}(backbone, crop=, pad=, impl=, ...)"):
         return kind(backbone, **common, **values)

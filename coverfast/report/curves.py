@@ -56,9 +56,10 @@ class Panel:
         tops = [_curve(axes, metrics["iteration"], metrics[c.key], c, positive=self.log) for c in curves]
         if self.log:
             axes.set_yscale("log")
-            # Four decades show what there is to see of a sum of losses; within one, plain numbers fit beside the panel.
+            # A loss that begins at nothing must not flatten the others; within a decade plain numbers fit beside it.
             low, high = axes.get_ylim()
-            axes.set_ylim(bottom=max(low, high * 1e-4))
+            low = max(low, min((_middle(metrics[c.key]) for c in curves), default=low) / 5)
+            axes.set_ylim(bottom=low)
             if high < 10 * low:
                 axes.yaxis.set_major_formatter(lambda v, _: f"{v:.3g}")
                 axes.yaxis.set_minor_formatter(lambda v, _: f"{v:.3g}")
@@ -132,6 +133,12 @@ def curves_sheet(metrics: Metrics) -> Sheet | None:
         left = MARGIN + column * (wide + GAP) + _NUMBERS
         panel.draw(sheet.axes(left, row * pitch + TITLE, wide - _NUMBERS - 0.15, _TALL), metrics)
     return sheet
+
+
+def _middle(values: Array) -> float:
+    """The median of what a logarithm can show, 0 for nothing."""
+    shown = values[np.isfinite(values) & (values > 0)]
+    return float(np.median(shown)) if shown.size else 0.0
 
 
 def loss_panel(metrics: Metrics) -> Panel:

@@ -162,6 +162,9 @@ class Engine:
             torch.compiler.cudagraph_mark_step_begin()
         with self.autocast():
             outcome = self.network(part, denominator)
+        require(
+            hasattr(outcome, "sums"), f"forward must return a coverfast.methods.Outcome, got {type(outcome).__name__}"
+        )
         if watch is not None:
             with torch.no_grad():
                 self.look = self.method.monitor(part, outcome.seen, watch)

@@ -104,7 +104,7 @@ class Pretraining(Training):
             need_matplotlib()
             batch = next(self._held_out(1))
             # Whatever an own method does wrong here, the training is worth more than its pictures.
-            with refusing("pictures must be what the method can make"), torch.no_grad(), self.engine.autocast():
+            with refusing("they must be what the method makes"), torch.no_grad(), self.engine.autocast():
                 seen = on_host(method.pictures(batch))
             about = {
                 "run": self.run.folder,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, TypeVar, overload
 
 from coverfast.backbone_names import kind_of
 from coverfast.checks import InputError, check_choice, require
-from coverfast.method_names import KNOWN, is_own
+from coverfast.method_names import KNOWN, METHODS, is_own, without_folder
 from coverfast.ops.dispatch import IMPLEMENTATIONS
 from coverfast.samples import ON_BAD_SAMPLE, SPLITS
 from coverfast.view_settings import ViewSettings
@@ -20,7 +20,10 @@ Strs = tuple[str, ...]
 
 
 def setting(default: Any, text: str, **traits: Any) -> Any:
-    """A field with its help; `free` may change on resume, `least` and `most` bound a number, `also` names its flag."""
+    """A field with its help; `free` may change on resume, `least` and `most` bound a number, `also` names its flag.
+
+    `first`: it stands at the head of the flags, after the preset.
+    """
     return field(default=default, metadata={"help": text, **traits})
 
 
@@ -57,8 +60,8 @@ class TrainingSettings:
     )
     backbone_args: Strs = setting((), "argument of such a backbone, KEY=VALUE; may be repeated")
     iterations: int = setting(200_000, "iterations in total", least=1, free=True)
-    batch: int = setting(24, "images an iteration, over all processes", least=1)
-    crop: Ints = setting((384,), "size of the views, one int or one per axis", least=1)
+    batch: int = setting(24, "images an iteration (of gvsl pairs), over all processes", least=1)
+    crop: Ints = setting((384,), "size of the views, or of the crops of gvsl, one int or one per axis", least=1)
     pad: bool = setting(False, "zero-pad images smaller than the crop and mask the padding")
     foreground: float = setting(0.0, "share of the crops that are placed on the foreground", least=0, most=1)
     channels: Ints = setting((32, 64, 128, 256, 512), "U-Net channels, encoder only or encoder and decoder", least=8)
@@ -231,10 +234,15 @@ class Settings(TrainingSettings):
 
     preset: str = setting(
         "paper-2d",
-        "paper, small or, of GVSL, gvsl, small-gvsl, with -2d or -3d or without; default: by shard and device",
+        "paper-2d, small-2d, gvsl-2d, small-gvsl-2d; -3d for -2d, or neither: by shard; default: by shard and device",
     )
-    method: str = setting("cover", KNOWN)
-    method_args: Strs = setting((), "argument of a method other than cover, KEY=VALUE; may be repeated")
+    method: str = setting("cover", KNOWN, first=True)
+    method_args: Strs = setting(
+        (),
+        "argument of a method other than cover, KEY=VALUE, may be repeated; of gvsl: window, smooth, restore, bezier, "
+        "shuffle, inpaint",
+        first=True,
+    )
     groups: Ints = setting((4, 4, 4, 1, 1), "COVER: groups of each pyramid level, coarse to fine", least=1)
     head_dim: int = setting(8, "COVER: channels of a group", least=1)
     window: Ints = setting((7,), "COVER: odd matching window: one int, one per axis or one per level", least=1)
@@ -246,6 +254,13 @@ class Settings(TrainingSettings):
         if not name and method == "gvsl":
             return f"small-gvsl-{ndim}d" if small else f"gvsl-{ndim}d"
         return usual
+
+    @property
+    def label(self) -> str:
+        """See `TrainingSettings`; with the method where the preset does not say it."""
+        if self.method == preset_settings(self.preset).method:
+            return self.preset
+        return f"{without_folder(self.method).rpartition(':')[2].lower()}-{self.preset}"
 
     @property
     def told(self) -> list[Field[Any]]:
@@ -260,7 +275,9 @@ class Settings(TrainingSettings):
     def check(self) -> None:
         """See `TrainingSettings.check`."""
         super().check()
-        require(not is_own(self.method) or ":" in self.method, f"method must be {KNOWN}, got {self.method!r}")
+        close = difflib.get_close_matches(self.method, METHODS, 1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        require(not is_own(self.method) or ":" in self.method, f"method must be {KNOWN}, got {self.method!r}{meant}")
         if self.method == "cover":
             require(not self.method_args, f"method_args are for other methods than cover, got {self.method_args}")
         else:
