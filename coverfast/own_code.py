@@ -37,7 +37,9 @@ def imported(what: str, place: str, known: str) -> Any:
         module = _from_file(what, Path(where)) if where.endswith(".py") else importlib.import_module(where)
     close = difflib.get_close_matches(attribute, vars(module), 1)
     meant = f"; did you mean {close[0]!r}?" if close else ""
-    require(hasattr(module, attribute), f"{what} must be code that is there, but {where} has no {attribute!r}{meant}")
+    require(
+        hasattr(module, attribute), f"{what} must be code that can be imported, but {where} has no {attribute!r}{meant}"
+    )
     return getattr(module, attribute)
 
 

@@ -342,7 +342,7 @@ def test_held_out_losses_stand_in_for_a_figure_of_merit():
     [
         (
             {"ncc": 0.25, "ncc_before": 0.125, "loss_ncc": 0.75, "val_ncc": 0.2},
-            "loss 2.000  NCC 0.250  held out NCC 0.200",
+            "loss 2.000  NCC 0.250  from 0.125  held out NCC 0.200",
         ),
         ({"agreement": 0.5, "loss_agreement": 0.5, "val_loss": 3.0}, "loss 2.000"),
     ],

@@ -32,6 +32,7 @@ from coverfast.study.settings import RetestSettings, TransferSettings, label
 from coverfast.study.tables import transfer_rows
 from coverfast.study.transfer import compare, pretrainings, transfer, trials, works
 from coverfast.training.checkpoints import Checkpoints
+from coverfast.training.settings import OF_COVER
 
 BOTH = {"methods": ["cover", "gvsl"]}
 #: A method of a user's own.
@@ -228,7 +229,8 @@ def changed(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
 def test_arms_differ_in_nothing_but_the_method(killed: tuple[Path, list[Moment]]) -> None:
     out, _ = killed
     cover, gvsl = (config_of(out, f"pretraining-{method}") for method in ("cover", "gvsl"))
-    assert changed(cover, gvsl) == {"method", "groups", "window"}
+    assert changed(cover, gvsl) == {"method", *OF_COVER}
+    assert not set(gvsl) & set(OF_COVER)
     assert (cover["method"], gvsl["method"]) == ("cover", "gvsl")
     for mode in ("fine-tuned", "linear"):
         scratch, *both = (config_of(out, f"{init}-{mode}-2-cases-seed-0") for init in ("scratch", "cover", "gvsl"))

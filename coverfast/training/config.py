@@ -22,7 +22,8 @@ def to_toml(
 ) -> str:
     """The settings as a TOML document, with the help of every key as a comment or with further tables behind."""
     lines = []
-    for f in settings.told:
+    # Of a study, whose settings are of another kind, all of them.
+    for f in settings.told if isinstance(settings, TrainingSettings) else fields(settings):
         line = f"{f.name} = {_toml_value(getattr(settings, f.name))}"
         lines.append(f"{line:<48}# {f.metadata['help']}" if comments else line)
     for title, table in (tables or {}).items():
