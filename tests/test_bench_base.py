@@ -74,6 +74,7 @@ def test_a_planted_twofold_slowdown_between_revisions(clone, tmp_path):
     assert git(clone, "status", "--porcelain") == ""
 
 
+@pytest.mark.slow
 def test_what_is_no_slower_passes(clone, tmp_path):
     done = bench(clone, tmp_path, "--base", "HEAD", "--threshold", "1.5")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -75,9 +75,9 @@ def pieces(out):
 # ---- kills
 
 
-def test_kill_at_20_random_moments_with_workers(tmp_path, images):
-    """KILL_SEED chooses other moments."""
-    draw = random.Random(int(os.environ.get("KILL_SEED", "0")))
+def test_kill_at_random_moments_with_workers(tmp_path, images):
+    """KILL_SEED chooses other moments, KILLS how many."""
+    draw, most = random.Random(int(os.environ.get("KILL_SEED", "0"))), int(os.environ.get("KILLS", "10"))
     (tmp_path / "whole").mkdir()
     started = time.monotonic()
     run(images, "--out", tmp_path / "whole" / "s.h5", "--workers", "2", *FLAGS)
@@ -88,7 +88,7 @@ def test_kill_at_20_random_moments_with_workers(tmp_path, images):
     folder = tmp_path / "killed"
     folder.mkdir()
     kills = finished = kept = 0
-    while kills < 20 or shards(folder) or not finished or (folder / "s.h5.partial").exists():
+    while kills < most or shards(folder) or not finished or (folder / "s.h5.partial").exists():
         builder = subprocess.Popen(
             command(images, "--out", folder / "s.h5", "--workers", "2", *FLAGS),
             stdout=subprocess.PIPE,
@@ -102,7 +102,7 @@ def test_kill_at_20_random_moments_with_workers(tmp_path, images):
             delay = takes * (draw.uniform(0.5, 1.1) if before == 32 else draw.uniform(0.0, 0.3))
             while builder.poll() is None and len(pieces(folder / "s.h5")) <= before < 32:
                 time.sleep(0.002)
-            text, error = builder.communicate(timeout=delay if kills < 20 else 120)
+            text, error = builder.communicate(timeout=delay if kills < most else 120)
         except subprocess.TimeoutExpired:
             if draw.random() < 0.5:
                 os.killpg(builder.pid, signal.SIGKILL)

@@ -490,6 +490,7 @@ def test_the_backbone_a_run_starts_from_is_on_record(shard: Path, backbone: Path
         ready(shard, tmp_path / "new", init=str(backbone), channels=(8, 8, 8))
 
 
+@pytest.mark.slow
 def test_compiled_processes_learn_the_same(shard: Path, tmp_path: Path) -> None:
     # The sums of Dice are exchanged inside the compiled graph.
     one = ready(shard, tmp_path / "one", iterations=2, val_every=100).start()
