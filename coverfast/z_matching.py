@@ -8,13 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from coverfast.affine import ROTATION, SCALING, SHEAR, TRANSLATION, bounded, compose_affine, rotations
-from coverfast.backbones.unet import DoubleConv
+from coverfast.backbones.unet import CONV, DoubleConv
 from coverfast.geometry import affine_dvf, axis_coordinates, upsample_dvf
 from coverfast.ops.fuse import fuse_affine
 from coverfast.ops.mov import accumulation_dtype
 from coverfast.ops.warp import warp
-
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class Matched(NamedTuple):
@@ -93,7 +91,7 @@ class DeformableHead(nn.Module):
         super().__init__()
         width = -(-channels // 8) * 8
         self.groups = DoubleConv(ndim, 2 * channels, width)
-        self.field = _CONV[ndim](width, ndim, 3, padding=1)
+        self.field = CONV[ndim](width, ndim, 3, padding=1)
         for weight in self.field.parameters():
             nn.init.zeros_(weight)
 

@@ -18,13 +18,14 @@ from coverfast.geometry import level_size
 #: Channels of the paper's U-Net, encoder to decoder.
 PAPER_CHANNELS = (32, 64, 128, 256, 512, 256, 128, 64, 32)
 
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
-_UPSAMPLE = {2: "bilinear", 3: "trilinear"}
+#: Convolutions and linear up-sampling by the number of spatial axes.
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+UPSAMPLE = {2: "bilinear", 3: "trilinear"}
 
 
 def conv_group(ndim: int, in_channels: int, out_channels: int) -> list[nn.Module]:
     """3^n convolution with bias, GroupNorm with 8 channels a group, LeakyReLU(0.2)."""
-    conv = _CONV[ndim](in_channels, out_channels, 3, padding=1)
+    conv = CONV[ndim](in_channels, out_channels, 3, padding=1)
     nn.init.kaiming_normal_(conv.weight, a=0.2)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
@@ -108,7 +109,7 @@ class UNet(Backbone):
         skips = self.encode(x)
         features = [skips.pop()]
         for stage in self.up:
-            up = F.interpolate(features[-1], scale_factor=2, mode=_UPSAMPLE[self.ndim], align_corners=False)
+            up = F.interpolate(features[-1], scale_factor=2, mode=UPSAMPLE[self.ndim], align_corners=False)
             features.append(self._stage(stage, torch.cat([skips.pop(), up], 1)))
         return features
 

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from coverfast.backbones import Backbone, build, load_state
 from coverfast.backbones.files import Tell, described, read_tensors, to_bytes
+from coverfast.backbones.unet import CONV
 from coverfast.checks import check_choice, per_axis, require
 from coverfast.downstream.settings import TASKS
 from coverfast.geometry import Size
 
 _FORMAT = "coverfast-network"
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class Standard(nn.Module):
@@ -97,7 +97,7 @@ class Network(nn.Module):
         self.preprocessing = dict(preprocessing or {})
         if task == "segmentation":
             channels = backbone.feature_channels[-1]
-            self.head: nn.Module = _CONV[backbone.ndim](channels, len(names), 1)
+            self.head: nn.Module = CONV[backbone.ndim](channels, len(names), 1)
         else:
             channels = backbone.feature_channels[0]
             self.head = nn.Linear(channels, len(names))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from coverfast.backbones.base import Backbone
-from coverfast.backbones.unet import conv_group
+from coverfast.backbones.unet import CONV, UPSAMPLE, conv_group
 from coverfast.checks import require
 from coverfast.distortions import DistortionSettings, distort
 from coverfast.geometry import Size
@@ -21,9 +21,6 @@ from coverfast.ops.ncc import ncc_loss
 from coverfast.ops.warp import warp
 from coverfast.regularity import jacobian_determinant, smoothness
 from coverfast.z_matching import Matched, ZMatching
-
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
-_LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
 class Pair(NamedTuple):
@@ -98,7 +95,7 @@ class GVSL(Pretext):
         self.matching = ZMatching(ndim, coarse, fine, doublings=self.doublings, impl=impl)
         width = -(-fine // 8) * 8
         self.restoration = nn.Sequential(
-            *conv_group(ndim, fine, width), _CONV[ndim](width, backbone.in_channels, 3, padding=1)
+            *conv_group(ndim, fine, width), CONV[ndim](width, backbone.in_channels, 3, padding=1)
         )
 
     @torch.no_grad()
@@ -123,7 +120,7 @@ class GVSL(Pretext):
         restored = self.restoration(fine[0])
         restored = restored.to(accumulation_dtype(restored))
         if self.doublings:
-            mode = _LINEAR[restored.ndim - 2]
+            mode = UPSAMPLE[restored.ndim - 2]
             restored = F.interpolate(restored, size=pair.fixed.shape[2:], mode=mode, align_corners=False)
         # Zeros beyond the border would be an edge in a crop from inside an image, and push the map away from it.
         moved = warp(pair.moving, matched.dvf, padding="border", impl=self.impl)
